@@ -1,0 +1,64 @@
+"""Attention behind one function: softmax(q k^T / sqrt(d)) v, computed by the library that was chosen."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ConfigurationError, MissingPackageError
+
+#: q [B, N, heads, head_dim], k and v [B, M, heads, head_dim] -> [B, N, heads, head_dim]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+ATTENTION_CHOICES = ("auto", "sdpa", "xformers")
+
+
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention by ``torch.nn.functional.scaled_dot_product_attention``.
+
+    Args:
+        q: queries, [B, N, heads, head_dim].
+        k, v: keys and values, [B, M, heads, head_dim].
+
+    Returns:
+        [B, N, heads, head_dim].
+    """
+    # Kept four-dimensional: batch x heads in one grid dimension would pass CUDA's limit of 65,535.
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # b n heads d -> b heads n d
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def select_attention(choice: str, device: torch.device | str = "cpu") -> AttentionFunction:
+    """The attention function for one of ``ATTENTION_CHOICES``.
+
+    ``auto`` is SDPA, which needs nothing installed and chooses among its own kernels. ``xformers`` is
+    used only where it was asked for, and tried on ``device`` at once, because an installed xformers
+    whose extensions do not fit the installed torch fails only when it is called.
+
+    Raises:
+        ConfigurationError: for an unknown choice.
+        MissingPackageError: if xformers was asked for and is not installed, or does not run here.
+    """
+    if choice in ("auto", "sdpa"):
+        return sdpa_attention
+    if choice != "xformers":
+        raise ConfigurationError(f"attention: got {choice!r}, allowed are {', '.join(ATTENTION_CHOICES)}")
+    try:
+        from xformers.ops import memory_efficient_attention
+    except ImportError as error:
+        raise MissingPackageError(
+            f"attention 'xformers' needs the xformers package, which cannot be imported ({error}). "
+            "Install it with: pip install 'modelscope_i2v[xformers]', or set attention to 'auto'."
+        ) from error
+    probe = torch.zeros(1, 8, 1, 16, device=device)
+    try:
+        memory_efficient_attention(probe, probe, probe)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise MissingPackageError(
+            f"attention 'xformers' is installed but does not run on {device}: "
+            f"{str(error).splitlines()[0]} Set attention to 'auto'."
+        ) from error
+    return memory_efficient_attention

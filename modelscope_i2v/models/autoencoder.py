@@ -1,0 +1,221 @@
+"""Stable Diffusion's KL autoencoder, frame by frame (https://arxiv.org/abs/2112.10752).
+
+Module names are the published checkpoint's, without its ``first_stage_model.``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError, InvalidInputError
+from .attention import sdpa_attention
+
+GROUPS = 32  # of every GroupNorm
+
+#: Latents are kept at this multiple of the autoencoder's own (so that their variance is about 1).
+SCALE_FACTOR = 0.18215
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Architecture of the autoencoder; the defaults are Stable Diffusion's."""
+
+    in_channels: int = 3
+    out_ch: int = 3
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 4
+    embed_dim: int = 4
+
+    def __post_init__(self):
+        if self.ch % GROUPS:
+            raise ConfigurationError(f"auto_encoder: ch must be a multiple of {GROUPS}, got {self.ch}")
+
+    @property
+    def downscale(self) -> int:
+        """Pixels a side of one latent position."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+
+@dataclass(frozen=True)
+class DiagonalGaussian:
+    """The posterior of an encoding: independent normals, ``mean`` and ``logvar`` [N, z, h, w]."""
+
+    mean: Tensor
+    logvar: Tensor
+
+    def sample(self, noise: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """mean + std noise; without ``noise`` [N, z, h, w] it is drawn from ``generator``."""
+        if noise is None:
+            device = generator.device if generator is not None else self.mean.device
+            noise = torch.randn(self.mean.shape, generator=generator, device=device)
+        return self.mean + torch.exp(0.5 * self.logvar) * noise.to(self.mean)
+
+    def mode(self) -> Tensor:
+        """The most likely latent, which is the mean."""
+        return self.mean
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(GROUPS, width, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, in_width: int, out_width: int):
+        super().__init__()
+        self.norm1 = _norm(in_width)
+        self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
+        self.norm2 = _norm(out_width)
+        self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
+        if in_width != out_width:
+            self.nin_shortcut = nn.Conv2d(in_width, out_width, 1)
+        else:
+            self.nin_shortcut = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over the positions of each frame, n c h w."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = _norm(width)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(project(h), "n c h w -> n (h w) 1 c") for project in (self.q, self.k, self.v))
+        h = rearrange(sdpa_attention(q, k, v), "n (h w) 1 c -> n c h w", h=x.shape[2])
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # a row below and a column to the right
+
+
+class Upsample(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class MiddleBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.block_1 = ResidualBlock(width, width)
+        self.attn_1 = AttentionBlock(width)
+        self.block_2 = ResidualBlock(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution; ``downsample`` or ``upsample`` is attached where there is one."""
+
+    def __init__(self, in_width: int, out_width: int, blocks: int):
+        super().__init__()
+        widths = [in_width] + [out_width] * blocks
+        self.block = nn.ModuleList([ResidualBlock(a, b) for a, b in zip(widths, widths[1:])])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Images [N, 3, H, W] to the posterior's moments [N, 2 z, H/8, W/8]."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths = [config.ch * multiple for multiple in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        for in_width, out_width in zip([config.ch] + widths, widths):
+            self.down.append(Level(in_width, out_width, config.num_res_blocks))
+        for level in self.down[:-1]:
+            level.downsample = Downsample(level.block[-1].conv2.out_channels)
+        self.mid = MiddleBlock(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down[:-1]:
+            h = level.downsample(level(h))
+        h = self.mid(self.down[-1](h))
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """Latents [N, z, h, w] to images [N, 3, 8 h, 8 w]."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        widths = [config.ch * multiple for multiple in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = MiddleBlock(widths[-1])
+        self.up = nn.ModuleList()  # numbered from the finest level, run from the coarsest
+        for in_width, out_width in zip(widths[1:] + widths[-1:], widths):
+            self.up.append(Level(in_width, out_width, config.num_res_blocks + 1))
+        for level in self.up[1:]:
+            level.upsample = Upsample(level.block[-1].conv2.out_channels)
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up[1:]):
+            h = level.upsample(level(h))
+        h = self.up[0](h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Autoencoder(nn.Module):
+    """The KL autoencoder. Latents here are its own: see ``SCALE_FACTOR`` for the diffusion's."""
+
+    def __init__(self, config: AutoencoderConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """The posterior of images [N, 3, H, W] in [-1, 1], H and W multiples of 8."""
+        multiple = self.config.downscale
+        if x.ndim != 4 or x.shape[2] % multiple or x.shape[3] % multiple:
+            raise InvalidInputError(
+                f"autoencoder: images must be [N, {self.config.in_channels}, H, W] with H and W "
+                f"multiples of {multiple}, got {list(x.shape)}"
+            )
+        moments = self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
+        mean, logvar = moments.chunk(2, dim=1)
+        return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images [N, 3, 8 h, 8 w], about [-1, 1], of latents [N, z, h, w]."""
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))

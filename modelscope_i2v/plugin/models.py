@@ -1,0 +1,288 @@
+"""ModelScope's models of the two tasks: they put networks, samplers and settings together."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, ClassVar, Mapping
+
+import torch
+from modelscope.models.base import TorchModel
+from modelscope.models.builder import MODELS
+from modelscope.utils.device import create_device
+from modelscope.utils.logger import get_logger
+from torch import Tensor, nn
+
+from ..checkpoints import find_checkpoint, load_weights
+from ..configuration import SETTINGS_OF_STAGE, StageSettings, load_settings
+from ..errors import InvalidInputError
+from ..latents import decode_video, draw_noise, encode_video, latent_size
+from ..models.attention import select_attention
+from ..models.autoencoder import Autoencoder
+from ..models.clip import ClipImageEncoder, ClipTextEncoder
+from ..models.unet import UNet
+from ..precision import select_dtype
+from ..preprocessing import ClipImageTransform, VideoTransform
+from ..progress import PhaseClock, stepping
+from ..request import Request
+from ..samplers.ddim import DDIMSchedule, sample_ddim
+from ..samplers.sdedit import (
+    BrownianNoise,
+    SDEditSchedule,
+    dpmpp_2m_sde_levels,
+    heun_levels,
+    published_sigmas,
+    sample_dpmpp_2m_sde,
+    sample_heun,
+)
+from ..samplers.velocity import Velocity, guided, windowed
+from .registration import (
+    IMAGE_TO_VIDEO,
+    IMAGE_TO_VIDEO_MODEL,
+    VIDEO_TO_VIDEO,
+    VIDEO_TO_VIDEO_MODEL,
+    register_class,
+)
+
+logger = get_logger()
+
+
+class StageModel(TorchModel):
+    """What both stages' models have in common.
+
+    Attributes:
+        generator: the UNet.
+        autoencoder: the KL autoencoder.
+        clip_encoder: the CLIP tower that the stage needs.
+        diffusion: the noise schedule.
+        vid_trans: from pictures to what the model takes.
+        cfg: the settings, which may be changed between calls.
+        device: where the model was loaded. What is computed follows the parts, wherever they were moved.
+    """
+
+    stage: ClassVar[str]
+    clip_tower: ClassVar[type[ClipImageEncoder] | type[ClipTextEncoder]]
+
+    def __init__(self, model_dir: str, *args: Any, **kwargs: Any):
+        """Load a stage.
+
+        Args:
+            model_dir: the model folder.
+            **kwargs: ``device`` as ModelScope names it, and settings that go before the file's.
+        """
+        super().__init__(model_dir, *args, **kwargs)
+        names = SETTINGS_OF_STAGE[self.stage].names()
+        overrides = {name: kwargs[name] for name in names if name in kwargs}
+        self.cfg: StageSettings = load_settings(model_dir, self.stage, overrides)
+        self.device = create_device(kwargs.get("device") or "gpu")
+        self.dtype = select_dtype(self.cfg.precision, self.device)
+
+        cfg = self.cfg
+        files = {
+            name: find_checkpoint(model_dir, getattr(cfg, name))
+            for name in ("ckpt_clip", "ckpt_unet", "ckpt_autoencoder")
+        }
+        attend = select_attention(cfg.attention, self.device)
+        with torch.device("meta"):
+            clip_encoder, autoencoder = self.clip_tower(cfg.clip), Autoencoder(cfg.autoencoder)
+            generator = UNet(cfg.unet, attend)
+        # CLIP's file holds both towers, whichever this is: what it has beyond this one does not matter.
+        self._load(clip_encoder.model, files["ckpt_clip"], ignore=clip_encoder.full_model_keys)
+        self._load(generator, files["ckpt_unet"])
+        self._load(autoencoder, files["ckpt_autoencoder"], prefix="first_stage_model.")
+        self.clip_encoder, self.autoencoder, self.generator = clip_encoder, autoencoder, generator
+        self.eval()
+
+    def _load(self, module: nn.Module, path: Any, **options: Any) -> None:
+        load_weights(module, path, device=self.device, dtype=self.dtype, **options)
+        logger.info("loaded %s", path)
+
+    def _velocity(self, y: Tensor, batch: int, **conditioning: Tensor) -> Velocity:
+        """The UNet as a velocity under one conditioning [1 or B, N, D], for a state in float32."""
+        device = _device_of(self.generator)
+        y = y.to(device).expand(batch, -1, -1)
+
+        def velocity(x: Tensor, t: int) -> Tensor:
+            return self.generator(x, torch.full((batch,), t, device=device), y, **conditioning).float()
+
+        return velocity
+
+    def _latent_shape(self, request: Request, frames: int) -> tuple[int, ...]:
+        size = latent_size(request.size, self.cfg.unet, self.cfg.autoencoder.downscale)
+        return (1, self.cfg.autoencoder.embed_dim, frames, *size)
+
+    def _decode(self, latents: Tensor, request: Request) -> Tensor:
+        latents = latents.to(_device_of(self.autoencoder))
+        return decode_video(self.autoencoder, latents, request.size, self.cfg.decoder_bs)
+
+
+@register_class(MODELS, IMAGE_TO_VIDEO, IMAGE_TO_VIDEO_MODEL)
+class ImageToVideoModel(StageModel):
+    """Stage one: a video whose content is an image's."""
+
+    stage = IMAGE_TO_VIDEO
+    clip_tower = ClipImageEncoder
+
+    def __init__(self, model_dir: str, *args: Any, **kwargs: Any):
+        super().__init__(model_dir, *args, **kwargs)
+        self.diffusion = DDIMSchedule()
+        self.vid_trans = ClipImageTransform(self.cfg.clip.image_size)
+
+    @torch.no_grad()
+    def forward(self, inputs: Mapping[str, Any], clock: PhaseClock | None = None) -> Tensor:
+        """Generate a video for each image.
+
+        Args:
+            inputs: ``vit_frame`` [B, 3, 224, 224]; optional: ``request`` (else the settings' own) and
+                ``noise``, the initial latent [B, 4, F, h, w], instead of the seed's.
+
+        Returns:
+            [B, 3, F, H, W] in about [-1, 1], float32 on the CPU.
+        """
+        request = inputs.get("request") or Request.resolve(self.cfg)
+        clock = clock or PhaseClock()
+        images = _required(inputs, "vit_frame")
+        batch, device = images.shape[0], _device_of(self.generator)
+        with clock.phase("clip", device):
+            y = self.clip_encoder(images)[:, None]
+        seeded = torch.Generator().manual_seed(request.seed)
+        noise = draw_noise(seeded, self._latent_shape(request, request.frames), request.noise_strength)
+        # Each image of a batch gets what it would get on its own.
+        noise = _given(inputs, "noise", noise.expand(batch, -1, -1, -1, -1))
+        fps = torch.full((batch,), request.fps, device=device)
+        velocity = windowed(
+            guided(
+                self._velocity(y, batch, fps=fps),
+                self._velocity(torch.zeros_like(y), batch, fps=fps),
+                request.guide_scale,
+            ),
+            request.window,
+            request.overlap,
+        )
+        timesteps = self.diffusion.timesteps(request.steps)
+        with clock.phase("denoising", device), stepping(request, len(timesteps)) as stepped:
+            latents = sample_ddim(velocity, noise.to(device), self.diffusion, timesteps, stepped)
+        with clock.phase("decoding", device):
+            return self._decode(latents, request)
+
+
+@register_class(MODELS, VIDEO_TO_VIDEO, VIDEO_TO_VIDEO_MODEL)
+class VideoToVideoModel(StageModel):
+    """Stage two: a larger, sharper video of a video's content.
+
+    ``negative_y`` is the negative prompt's embedding [1, 77, width].
+    """
+
+    stage = VIDEO_TO_VIDEO
+    clip_tower = ClipTextEncoder
+
+    def __init__(self, model_dir: str, *args: Any, **kwargs: Any):
+        super().__init__(model_dir, *args, **kwargs)
+        self.diffusion = SDEditSchedule(published_sigmas())
+        self.vid_trans = VideoTransform()
+        self._embedded_negative_prompt = self.cfg.negative_prompt
+        self.negative_y = self.encode_text(self.cfg.negative_prompt)
+
+    @property
+    def positive_prompt(self) -> str:
+        """What is put behind every text; the same as ``cfg.positive_prompt``."""
+        return self.cfg.positive_prompt
+
+    @positive_prompt.setter
+    def positive_prompt(self, prompt: str) -> None:
+        self.cfg.positive_prompt = prompt
+
+    @torch.no_grad()
+    def encode_text(self, text: str) -> Tensor:
+        """CLIP's hidden states [1, 77, width] of a text."""
+        return self.clip_encoder(text)
+
+    @torch.no_grad()
+    def forward(self, inputs: Mapping[str, Any], clock: PhaseClock | None = None) -> Tensor:
+        """Generate a sharper video of a video.
+
+        Args:
+            inputs: ``video_data`` [F, 3, H, W] in [-1, 1], of any size; optional: ``y`` [1, 77, width], the
+                prompt's embedding (else the request's prompt is embedded), ``request`` (else the settings'
+                own), and instead of the seed's draws ``posterior_noise`` [F, 4, h, w], ``noise``
+                [1, 4, F, h, w] and ``entropy``, the Brownian tree's seed.
+
+        Returns:
+            [1, 3, F, H', W'] in about [-1, 1], float32 on the CPU.
+        """
+        request = inputs.get("request") or Request.resolve(self.cfg)
+        clock = clock or PhaseClock()
+        frames, device = _required(inputs, "video_data"), _device_of(self.generator)
+        if frames.ndim != 4 or frames.shape[1] != 3:
+            raise InvalidInputError(f"video_data: must be [F, 3, H, W], got {list(frames.shape)}")
+        with clock.phase("clip", device):
+            y = inputs["y"] if inputs.get("y") is not None else self.encode_text(request.prompt)
+            negative_y = self._negative_y(request)
+
+        shape = self._latent_shape(request, frames.shape[0])
+        posterior_noise, noise, entropy = self._draws(inputs, request.seed, shape)
+        with clock.phase("encoding", device):
+            latents = encode_video(self.autoencoder, frames, request.size, shape[3:], posterior_noise)
+        noised = self.diffusion.noise(latents.to(device), noise.to(device), request.total_noise_levels - 1)
+        velocity = guided(
+            windowed(self._velocity(y, 1), request.window, request.overlap),
+            windowed(self._velocity(negative_y, 1), request.window, request.overlap),
+            request.guide_scale,
+            request.guide_rescale,
+        )
+        with clock.phase("denoising", device), stepping(request, request.steps) as stepped:
+            latents = self._sample(velocity, noised, entropy, request, stepped)
+        with clock.phase("decoding", device):
+            return self._decode(latents, request)
+
+    def _sample(
+        self, velocity: Velocity, noised: Tensor, entropy: int, request: Request, stepped: Callable
+    ) -> Tensor:
+        denoise = self.diffusion.denoiser(velocity)
+        layout = dpmpp_2m_sde_levels if request.solver_mode == "fast" else heun_levels
+        levels = layout(self.diffusion, request.steps, request.total_noise_levels)
+        # Variance-exploding would be x / alpha; the published sampling multiplies by s = sigma / alpha.
+        x = noised * levels[0].item()
+        if request.solver_mode == "fast":
+            noise = BrownianNoise(x, levels, [entropy])
+            return sample_dpmpp_2m_sde(denoise, x, levels, noise, stepped)
+        return sample_heun(denoise, x, levels, stepped)
+
+    @staticmethod
+    def _draws(
+        inputs: Mapping[str, Any], seed: int, shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, int]:
+        """Posterior noise [F, 4, h, w], noise [1, 4, F, h, w] and entropy: given, or else the seed's."""
+        seeded = torch.Generator().manual_seed(seed)
+        posterior_noise = draw_noise(seeded, (shape[2], shape[1], *shape[3:]))
+        noise = draw_noise(seeded, shape)
+        entropy = int(torch.randint(2**63 - 1, (1,), generator=seeded))
+        return (
+            _given(inputs, "posterior_noise", posterior_noise),
+            _given(inputs, "noise", noise),
+            int(inputs.get("entropy", entropy)),
+        )
+
+    def _negative_y(self, request: Request) -> Tensor:
+        if request.negative_prompt == self._embedded_negative_prompt:
+            return self.negative_y
+        return self.encode_text(request.negative_prompt)
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _required(inputs: Mapping[str, Any], name: str) -> Tensor:
+    if not isinstance(inputs.get(name), Tensor):
+        raise InvalidInputError(f"{name}: a tensor is needed, got {type(inputs.get(name)).__name__}")
+    return inputs[name]
+
+
+def _given(inputs: Mapping[str, Any], name: str, drawn: Tensor) -> Tensor:
+    """A random draw, or what the caller gives instead of it, which must be of its shape."""
+    value = inputs.get(name)
+    if value is None:
+        return drawn
+    if not isinstance(value, Tensor) or value.shape != drawn.shape:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidInputError(f"{name}: must be {list(drawn.shape)}, got {got}")
+    return value.float()

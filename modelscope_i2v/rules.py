@@ -1,0 +1,121 @@
+"""Rules for values that users give: what is allowed, in words and as a check."""
+
+from __future__ import annotations
+
+import difflib
+import numbers
+from dataclasses import dataclass
+from typing import Any, Callable, Iterable
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value may be.
+
+    ``convert`` returns the value in its proper type, or raises TypeError or ValueError if it is not allowed.
+    """
+
+    allowed: str
+    convert: Callable[[Any], Any]
+
+    def check(self, name: str, value: Any, error_type: type[Exception]) -> Any:
+        """The converted value, or an ``error_type`` that names it, and says what is allowed."""
+        try:
+            return self.convert(value)
+        except (TypeError, ValueError):
+            shown = repr(value)
+            shown = shown if len(shown) <= 100 else shown[:97] + "..."
+            raise error_type(f"{name}: got {shown}, allowed is {self.allowed}") from None
+
+
+def _require(condition: bool) -> None:
+    if not condition:
+        raise ValueError
+
+
+def integer(low: int, high: int) -> Rule:
+    def convert(value: Any) -> int:
+        _require(isinstance(value, numbers.Integral) and not isinstance(value, bool))
+        _require(low <= value <= high)
+        return int(value)
+
+    return Rule(f"a whole number from {low} to {high}", convert)
+
+
+def number(low: float, high: float) -> Rule:
+    def convert(value: Any) -> float:
+        _require(isinstance(value, numbers.Real) and not isinstance(value, bool))
+        _require(low <= value <= high)  # which NaN is not
+        return float(value)
+
+    return Rule(f"a number from {low} to {high}", convert)
+
+
+def choice(*names: str) -> Rule:
+    def convert(value: Any) -> str:
+        _require(isinstance(value, str) and value in names)
+        return value
+
+    return Rule("one of " + ", ".join(names), convert)
+
+
+def text(non_empty: bool = False) -> Rule:
+    def convert(value: Any) -> str:
+        _require(isinstance(value, str) and (bool(value.strip()) or not non_empty))
+        return value
+
+    return Rule("a text that is not empty" if non_empty else "a text", convert)
+
+
+def boolean() -> Rule:
+    def convert(value: Any) -> bool:
+        _require(isinstance(value, bool))
+        return value
+
+    return Rule("true or false", convert)
+
+
+def mapping() -> Rule:
+    def convert(value: Any) -> dict:
+        _require(isinstance(value, dict))
+        return value
+
+    return Rule("an object", convert)
+
+
+def function() -> Rule:
+    def convert(value: Any) -> Callable:
+        _require(callable(value))
+        return value
+
+    return Rule("a function", convert)
+
+
+def list_of(rule: Rule) -> Rule:
+    def convert(value: Any) -> tuple:
+        _require(isinstance(value, (list, tuple)) and len(value) > 0)
+        return tuple(rule.convert(item) for item in value)
+
+    return Rule(f"a list, each entry {rule.allowed}", convert)
+
+
+def size(low: int, high: int) -> Rule:
+    """[width, height] in pixels."""
+    side = integer(low, high)
+
+    def convert(value: Any) -> tuple[int, int]:
+        _require(isinstance(value, (list, tuple)) and len(value) == 2)
+        return side.convert(value[0]), side.convert(value[1])
+
+    return Rule(f"[width, height], each {side.allowed}", convert)
+
+
+def optional(rule: Rule) -> Rule:
+    return Rule(f"{rule.allowed}, or none", lambda value: None if value is None else rule.convert(value))
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """A hint at the known name nearest to an unknown one, else all of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

@@ -1,4 +1,4 @@
-"""The settings of a stage: read from a model folder's ``configuration.json``, typed and checked, once a model.
+"""The settings of a stage: read from a model folder's ``configuration.json``, typed and checked.
 
 Every setting has its reference value as default. The same rules check a value in the file, one given as a
 keyword, and one assigned later (``pipe.model.cfg.max_frames = 100``).
@@ -33,12 +33,13 @@ SOLVER_CHOICES = ("fast", "normal")
 DEFAULT_POSITIVE_PROMPT = (
     ", cinematic, High Contrast, highly detailed, unreal engine, taken using a Canon EOS R camera, "
     "hyper detailed photo - realistic maximum detail, 32k, Color Grading, ultra HD, extreme meticulous "
-    "detailing, skin pore detailing, hyper sharpness, perfect without deformations, Unreal Engine 5, 4k render"
+    "detailing, skin pore detailing, hyper sharpness, perfect without deformations, "
+    "Unreal Engine 5, 4k render"
 )
 DEFAULT_NEGATIVE_PROMPT = (
-    "worst quality, normal quality, low quality, low res, blurry, text, watermark, logo, banner, extra digits, "
-    "cropped, jpeg artifacts, signature, username, error, sketch ,duplicate, ugly, monochrome, horror, "
-    "geometry, mutation, disgusting"
+    "worst quality, normal quality, low quality, low res, blurry, text, watermark, logo, banner, "
+    "extra digits, cropped, jpeg artifacts, signature, username, error, sketch ,duplicate, ugly, "
+    "monochrome, horror, geometry, mutation, disgusting"
 )
 
 #: What each setting may be. Names are those of ``configuration.json`` and of the keywords.
@@ -69,14 +70,17 @@ RULES: dict[str, Rule] = {
 _POSITIVE = integer(1, 65_536)
 _UNET_RULES: dict[str, Rule] = {
     **dict.fromkeys(
-        "in_dim dim y_dim context_dim out_dim num_heads head_dim num_res_blocks num_tokens default_fps".split(),
+        (
+            "in_dim", "dim", "y_dim", "context_dim", "out_dim", "num_heads", "head_dim", "num_res_blocks",
+            "num_tokens", "default_fps",
+        ),
         _POSITIVE,
     ),
     "dim_mult": list_of(_POSITIVE),
     "attn_scales": list_of(number(0, 1)),
-}
+}  # fmt: skip
 _AUTOENCODER_RULES: dict[str, Rule] = {
-    **dict.fromkeys("in_channels out_ch ch num_res_blocks z_channels embed_dim".split(), _POSITIVE),
+    **dict.fromkeys(("in_channels", "out_ch", "ch", "num_res_blocks", "z_channels", "embed_dim"), _POSITIVE),
     "ch_mult": list_of(_POSITIVE),
 }
 _EMBEDDER_RULES: dict[str, Rule] = {
@@ -207,7 +211,9 @@ def stages_in(contents: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(stages))
 
 
-def load_settings(folder: str | Path, stage: str, overrides: Mapping[str, Any] | None = None) -> StageSettings:
+def load_settings(
+    folder: str | Path, stage: str, overrides: Mapping[str, Any] | None = None
+) -> StageSettings:
     """The settings of one stage: the file's, over the reference values, under the keywords'.
 
     Args:
@@ -221,9 +227,8 @@ def load_settings(folder: str | Path, stage: str, overrides: Mapping[str, Any] |
     path = Path(folder) / FILE_NAME
     contents = read_configuration(folder)
     if stage not in stages_in(contents):
-        raise ConfigurationError(
-            f"{path}: describes {' and '.join(stages_in(contents)) or repr(contents.get('task'))}, not {stage}"
-        )
+        described = " and ".join(stages_in(contents)) or repr(contents.get("task"))
+        raise ConfigurationError(f"{path}: describes {described}, not {stage}")
     section = "model" if contents.get("task") == stage else SECOND_STAGE_SECTION
     try:
         settings = _parse(_merged(_object(contents, section), section), SETTINGS_OF_STAGE[stage], path)
@@ -261,7 +266,9 @@ def _parse(given: dict[str, Any], settings_type: type[StageSettings], path: Path
     values: dict[str, Any] = {}
     for name, value in given.items():
         if name == "UNet":
-            values["unet"] = dataclasses.replace(settings_type().unet, **_section(name, value, _UNET_RULES, path))
+            values["unet"] = dataclasses.replace(
+                settings_type().unet, **_section(name, value, _UNET_RULES, path)
+            )
         elif name == "auto_encoder":
             values["autoencoder"] = AutoencoderConfig(**_autoencoder_section(value, path))
         elif name == "embedder":
@@ -299,7 +306,9 @@ def _section(name: str, value: Any, rules: dict[str, Rule], path: Path) -> dict[
         if key in rules:
             checked[key] = rules[key].check(f"{name}: {key}", entry, ConfigurationError)
         elif key not in _WITHOUT_EFFECT[name]:
-            logger.warning("%s: %s: unknown setting %r is ignored%s", path, name, key, did_you_mean(key, rules))
+            logger.warning(
+                "%s: %s: unknown setting %r is ignored%s", path, name, key, did_you_mean(key, rules)
+            )
     return checked
 
 

@@ -28,7 +28,7 @@ def to_tensor(image: Image.Image | np.ndarray) -> Tensor:
 
 
 class ClipImageTransform:
-    """An RGB image to CLIP's normalised input [3, size, size]: centre crop, bilinear resize, CLIP's statistics."""
+    """An RGB image to CLIP's input [3, size, size]: centre crop, bilinear resize, CLIP's statistics."""
 
     def __init__(self, size: int = 224):
         self.size = size

@@ -30,8 +30,8 @@ VIDEO_TO_VIDEO_ID = "damo/Video-to-Video"
 
 _WIDTH = 64  # of CLIP's embedding, and so of the context
 _UNET = {
-    "dim": 32, "y_dim": _WIDTH, "context_dim": _WIDTH, "dim_mult": [1, 2, 2, 2], "num_heads": 4, "head_dim": 16,
-    "num_res_blocks": 1,
+    "dim": 32, "y_dim": _WIDTH, "context_dim": _WIDTH, "dim_mult": [1, 2, 2, 2], "num_heads": 4,
+    "head_dim": 16, "num_res_blocks": 1,
 }  # fmt: skip
 _AUTOENCODER = {"ddconfig": {"ch": 32, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1}, "embed_dim": 4}
 _CLIP = {
@@ -93,14 +93,19 @@ def make_small_model(
         _write_unet(path / stage_settings.ckpt_unet, stage_settings, seed)
     first, second = folders
     _write_autoencoder(first / ImageToVideoSettings.ckpt_autoencoder, seed)
-    torch.save(random_state_dict(ClipConfig(model_cfg=_CLIP).build(), seed), first / ImageToVideoSettings.ckpt_clip)
+    torch.save(
+        random_state_dict(ClipConfig(model_cfg=_CLIP).build(), seed), first / ImageToVideoSettings.ckpt_clip
+    )
     for name in (ImageToVideoSettings.ckpt_autoencoder, ImageToVideoSettings.ckpt_clip):
         _link(first / name, second / name)  # as on the hub, these two files are the same in both
     return folders
 
 
 def _configuration(stage: type, settings: Mapping[str, Any]) -> dict[str, Any]:
-    pipelines = {"image-to-video": "image-to-video-task-pipeline", "video-to-video": "video-to-video-pipeline"}
+    pipelines = {
+        "image-to-video": "image-to-video-task-pipeline",
+        "video-to-video": "video-to-video-pipeline",
+    }
     model_args = {name: getattr(stage, name) for name in ("ckpt_clip", "ckpt_unet", "ckpt_autoencoder")}
     if stage is VideoToVideoSettings:
         model_args["solver_mode"] = "fast"
@@ -133,7 +138,9 @@ def _write_autoencoder(path: Path, seed: int) -> None:
     config = AutoencoderConfig(**{**ddconfig, "ch_mult": tuple(ddconfig["ch_mult"])})
     with torch.device("meta"):
         autoencoder = Autoencoder(config)
-    state = {f"first_stage_model.{name}": value for name, value in random_state_dict(autoencoder, seed).items()}
+    state = {
+        f"first_stage_model.{name}": value for name, value in random_state_dict(autoencoder, seed).items()
+    }
     state["model.diffusion_model.time_embed.0.weight"] = torch.zeros(8, 8)
     state["cond_stage_model.model.logit_scale"] = torch.ones(())
     with _lightning_callback() as callback:

@@ -286,7 +286,13 @@ def test_long_videos_go_through_in_windows(v2v, clip):
 
 def test_settings_as_keywords_of_the_pipeline(small_model, picture):
     pipe = pipeline(
-        "image-to-video", model=str(small_model[0]), device="cpu", seed=3, resolution=[64, 64], steps=1, fps=10
+        "image-to-video",
+        model=str(small_model[0]),
+        device="cpu",
+        seed=3,
+        resolution=[64, 64],
+        steps=1,
+        fps=10,
     )
     video = read_video(video_bytes(pipe(str(picture))))
     assert video.frames.shape == (4, 64, 64, 3) and video.fps == 10
@@ -320,7 +326,15 @@ def test_a_line_says_what_was_done(i2v, picture, caplog):
     finally:
         logger.removeHandler(caplog.handler)
     line = caplog.messages[-1]
-    for part in ("seed 9", "1 steps", "4 frames of 128x64", "fp32 on cpu", "denoising", "decoding", "writing"):
+    for part in (
+        "seed 9",
+        "1 steps",
+        "4 frames of 128x64",
+        "fp32 on cpu",
+        "denoising",
+        "decoding",
+        "writing",
+    ):
         assert part in line
 
 

@@ -132,7 +132,7 @@ class MiddleBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution; ``downsample`` or ``upsample`` is attached where there is one."""
+    """The residual blocks of one resolution; the encoder and decoder attach its down- or upsampling."""
 
     def __init__(self, in_width: int, out_width: int, blocks: int):
         super().__init__()

@@ -45,7 +45,8 @@ class ClipConfig:
         needed = {"embed_dim", "vision_cfg", "text_cfg"}
         if not isinstance(architecture, dict) or not needed <= architecture.keys():
             raise ConfigurationError(
-                f"embedder: model_cfg: an object with {', '.join(sorted(needed))} is needed, got {architecture!r}"
+                f"embedder: model_cfg: an object with {', '.join(sorted(needed))} is needed, "
+                f"got {str(architecture)[:100]}"
             )
         if architecture.get("custom_text") or "hf_model_name" in architecture["text_cfg"]:
             raise ConfigurationError(
@@ -56,7 +57,8 @@ class ClipConfig:
     def build(self) -> open_clip.CLIP:
         """The whole CLIP, with parameters that hold nothing yet (on the meta device)."""
         architecture = self._checked_architecture()
-        known = {key: architecture[key] for key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu") if key in architecture}
+        arguments = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
+        known = {name: architecture[name] for name in arguments if name in architecture}
         try:
             with torch.device("meta"):
                 return open_clip.CLIP(**known)
@@ -89,6 +91,8 @@ class _ClipTower(nn.Module):
         super().__init__()
         self.config = config
         self.model = config.build()
+        #: The parameters' names in a full checkpoint, of both towers.
+        self.full_model_keys = frozenset(self.model.state_dict())
         for name in self.unused:
             delattr(self.model, name)
 
@@ -109,7 +113,10 @@ class _ClipTower(nn.Module):
 class ClipImageEncoder(_ClipTower):
     """The visual tower: projected embedding, not normalised."""
 
-    unused = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "logit_scale", "attn_mask")
+    unused = (
+        "transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection",
+        "logit_scale", "attn_mask",
+    )  # fmt: skip
 
     def forward(self, image: Tensor) -> Tensor:
         """Embeddings [B, embed_dim], float32, of normalised images [B, 3, 224, 224]."""

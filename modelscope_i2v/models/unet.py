@@ -61,7 +61,8 @@ class UNetConfig:
                 )
             if 0.5**level in self.attn_scales and width % self.head_dim:
                 raise ConfigurationError(
-                    f"UNet: dim x dim_mult[{level}] is {width}, and must be a multiple of head_dim {self.head_dim}"
+                    f"UNet: dim x dim_mult[{level}] is {width}, and must be a multiple of "
+                    f"head_dim {self.head_dim}"
                 )
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
@@ -305,15 +306,6 @@ class UNet(nn.Module):
             self.fps_embedding = self._embedding(config.dim, 4 * config.dim)
 
         widths = [config.dim * multiple for multiple in config.dim_mult]
-        residual_width = 4 * config.dim  # the embedding's, in every residual block
-
-        def transformers(width: int) -> list[nn.Module]:
-            heads = width // config.head_dim
-            return [
-                SpatialTransformer(width, heads, config.context_dim, attend),
-                TemporalTransformer(width, heads, config.head_dim, attend),
-            ]
-
         width = config.dim
         first = InputConv(config.in_dim, width, 3, padding=1)
         mixing = TemporalTransformer(width, config.num_heads, config.head_dim, attend)
@@ -321,38 +313,43 @@ class UNet(nn.Module):
         skips = [width]
         for level, level_width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                block = LayerList([ResidualBlock(width, residual_width, level_width)])
+                self.input_blocks.append(self._level_block(level, width, attend))
                 width = level_width
-                if 0.5**level in config.attn_scales:
-                    block.extend(transformers(width))
-                self.input_blocks.append(block)
                 skips.append(width)
             if level < len(widths) - 1:
                 self.input_blocks.append(Downsample(width, config.row_padding))
                 skips.append(width)
 
-        self.middle_block = LayerList(
-            [
-                ResidualBlock(width, residual_width, width),
-                *transformers(width),
-                ResidualBlock(width, residual_width, width),
-            ]
-        )
+        first, last = (ResidualBlock(width, 4 * config.dim, width) for _ in range(2))
+        self.middle_block = LayerList([first, *self._transformers(width, attend), last])
 
         self.output_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
-            for index in range(config.num_res_blocks + 1):
-                block = LayerList([ResidualBlock(width + skips.pop(), residual_width, level_width)])
+            for _ in range(config.num_res_blocks + 1):
+                self.output_blocks.append(self._level_block(level, width + skips.pop(), attend))
                 width = level_width
-                if 0.5**level in config.attn_scales:
-                    block.extend(transformers(width))
-                if level > 0 and index == config.num_res_blocks:
-                    block.append(Upsample(width, config.row_padding))
-                self.output_blocks.append(block)
+            if level > 0:
+                self.output_blocks[-1].append(Upsample(width, config.row_padding))
 
         self.out = nn.Sequential(
             nn.GroupNorm(GROUPS, width), nn.SiLU(), nn.Conv2d(width, config.out_dim, 3, padding=1)
         )
+
+    def _transformers(self, width: int, attend: AttentionFunction) -> list[nn.Module]:
+        config, heads = self.config, width // self.config.head_dim
+        return [
+            SpatialTransformer(width, heads, config.context_dim, attend),
+            TemporalTransformer(width, heads, config.head_dim, attend),
+        ]
+
+    def _level_block(self, level: int, in_width: int, attend: AttentionFunction) -> LayerList:
+        """A residual block to the level's width, and the transformers where the level has them."""
+        config = self.config
+        width = config.dim * config.dim_mult[level]
+        block = LayerList([ResidualBlock(in_width, 4 * config.dim, width)])
+        if 0.5**level in config.attn_scales:
+            block.extend(self._transformers(width, attend))
+        return block
 
     @staticmethod
     def _embedding(in_dim: int, out_dim: int, hidden: int | None = None) -> nn.Sequential:

@@ -91,6 +91,13 @@ class StageModel(TorchModel):
         self.clip_encoder, self.autoencoder, self.generator = clip_encoder, autoencoder, generator
         self.eval()
 
+    def share_autoencoder(self, other: StageModel) -> None:
+        """Use the other stage's autoencoder, if it is the same to the last weight, instead of a copy."""
+        ours, theirs = self.autoencoder.state_dict(), other.autoencoder.state_dict()
+        same = self.cfg.autoencoder == other.cfg.autoencoder and self.dtype == other.dtype
+        if same and all(torch.equal(ours[name], theirs[name].to(ours[name].device)) for name in ours):
+            self.autoencoder = other.autoencoder
+
     def _load(self, module: nn.Module, path: Any, **options: Any) -> None:
         load_weights(module, path, device=self.device, dtype=self.dtype, **options)
         logger.info("loaded %s", path)
@@ -247,9 +254,7 @@ class VideoToVideoModel(StageModel):
         return sample_heun(denoise, x, levels, stepped)
 
     @staticmethod
-    def _draws(
-        inputs: Mapping[str, Any], seed: int, shape: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor, int]:
+    def _draws(inputs: Mapping[str, Any], seed: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
         """Posterior noise [F, 4, h, w], noise [1, 4, F, h, w] and entropy: given, or else the seed's."""
         seeded = torch.Generator().manual_seed(seed)
         posterior_noise = draw_noise(seeded, (shape[2], shape[1], *shape[3:]))

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, ClassVar, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Iterable, Mapping
 
 import numpy as np
 from modelscope.outputs import OutputKeys
 from modelscope.pipelines.base import Pipeline
-from modelscope.pipelines.builder import PIPELINES
+from modelscope.pipelines.builder import PIPELINES, pipeline
 from modelscope.utils.logger import get_logger
-from torch import Tensor
 
-from .. import __version__
-from ..configuration import SETTINGS_OF_STAGE
-from ..errors import InvalidInputError
+from ..configuration import SECOND_STAGE_SECTION, SETTINGS_OF_STAGE, read_configuration
+from ..contact_sheet import contact_sheet
+from ..errors import ConfigurationError, InvalidInputError
 from ..precision import precision_name
 from ..preprocessing import to_frames
 from ..progress import PhaseClock
+from ..provenance import FIRST_STAGE, from_metadata, record, to_metadata
 from ..request import Request, check_keywords, keywords_of
 from ..rules import integer, optional
-from ..video import check_writable, encode_video, write_video
+from ..video import Video, check_writable, encode_video, write_video
 from .models import ImageToVideoModel, StageModel, VideoToVideoModel
 from .preprocessors import ImageToVideoPreprocessor, VideoToVideoPreprocessor
 from .registration import (
@@ -62,9 +63,8 @@ class StagePipeline(Pipeline):
         elif isinstance(model, self.model_class):
             self._defaults = check_keywords(stage, {**settings, **defaults})
         else:
-            raise InvalidInputError(
-                f"{stage}: a model folder or a {self.model_class.__name__} is needed, got {type(model).__name__}"
-            )
+            needed, got = self.model_class.__name__, type(model).__name__
+            raise InvalidInputError(f"{stage}: a model folder or a {needed} is needed, got {got}")
         if preprocessor is None:
             preprocessor = self.preprocessor_class(transform=model.vid_trans)
         super().__init__(model=model, preprocessor=preprocessor, device=device, auto_collate=False, **kwargs)
@@ -84,7 +84,8 @@ class StagePipeline(Pipeline):
                 ``fps``, ``callback``, ``generator``, ``progress``, and stage two's ``text`` and others.
 
         Returns:
-            For each input a dict: ``OutputKeys.OUTPUT_VIDEO`` is the path, or the file's bytes; ``seed``.
+            For each input a dict: ``OutputKeys.OUTPUT_VIDEO`` is the path, or the file's bytes; beside it how
+            the video was made, under the names of ``modelscope_i2v.provenance.record``.
         """
         optional(integer(1, 1024)).check("batch_size", keywords.pop("batch_size", None), InvalidInputError)
         with self._one_at_a_time:
@@ -130,47 +131,42 @@ class StagePipeline(Pipeline):
             return {**self.preprocessor(input), "request": self._request(keywords)}
 
     def forward(self, inputs: Mapping[str, Any], clock: PhaseClock | None = None) -> dict[str, Any]:
-        """The generated video [B, 3, F, H, W] in about [-1, 1] under ``video``."""
-        return {"video": self.model(inputs, clock=clock), "request": inputs.get("request")}
+        """The generated video [B, 3, F, H, W] in about [-1, 1] under ``video``, and how it was made."""
+        request = inputs.get("request") or self._request({})
+        video = self.model({**inputs, "request": request}, clock=clock)
+        precision = precision_name(next(self.model.generator.parameters()).dtype)
+        entries = record(request, self.model.model_dir, precision)
+        first_stage = from_metadata(inputs.get("source_metadata", {}))
+        if first_stage.get("stage") == IMAGE_TO_VIDEO:
+            entries[FIRST_STAGE] = first_stage
+        return {"video": video, "record": entries}
 
     def postprocess(
         self, inputs: Mapping[str, Any], output_video: Any = None, clock: PhaseClock | None = None
     ) -> dict[str, Any]:
         """Write the video of ``inputs`` to ``output_video``, or make its file's bytes."""
-        request = inputs.get("request") or self._request({})
         clock = clock or PhaseClock()
-        frames = self._frames(inputs["video"])
-        metadata = self._metadata(request)
+        entries = inputs["record"]
+        frames = to_frames(inputs["video"][0])
         with clock.phase("writing"):
-            if output_video is None:
-                video: str | bytes = encode_video(frames, request.fps, metadata)
-            else:
-                video = write_video(frames, output_video, request.fps, metadata)
-        self._log(request, frames, clock)
-        return {OutputKeys.OUTPUT_VIDEO: video, "seed": request.seed}
+            video = _saved(frames, output_video, entries)
+        self._log(entries, frames, clock)
+        return {OutputKeys.OUTPUT_VIDEO: video, **entries}
 
-    @staticmethod
-    def _frames(video: Tensor) -> np.ndarray:
-        return to_frames(video[0])
-
-    def _metadata(self, request: Request) -> dict[str, str]:
-        width, height = request.size
-        return {
-            "software": f"modelscope_i2v {__version__}",
-            "stage": request.stage,
-            "seed": str(request.seed),
-            "steps": str(request.steps),
-            "guide_scale": f"{request.guide_scale:g}",
-            "resolution": f"{width}x{height}",
-        }
-
-    def _log(self, request: Request, frames: np.ndarray, clock: PhaseClock) -> None:
-        weight = next(self.model.generator.parameters())
+    def _log(self, entries: Mapping[str, Any], frames: np.ndarray, clock: PhaseClock) -> None:
         count, height, width, _ = frames.shape
+        device = next(self.model.generator.parameters()).device
         logger.info(
-            f"{request.stage}: seed {request.seed}, {request.steps} steps, {count} frames of {width}x{height}, "
-            f"{precision_name(weight.dtype)} on {weight.device}: {clock}"
+            f"{entries['stage']}: seed {entries['seed']}, {entries['steps']} steps, "
+            f"{count} frames of {width}x{height}, {entries['precision']} on {device}: {clock}"
         )
+
+
+def _saved(frames: np.ndarray, path: Any, entries: Mapping[str, Any]) -> str | bytes:
+    """The video's path, or without one its file's bytes."""
+    if path is None:
+        return encode_video(frames, entries["fps"], to_metadata(entries))
+    return write_video(frames, path, entries["fps"], to_metadata(entries))
 
 
 @register_class(PIPELINES, IMAGE_TO_VIDEO, IMAGE_TO_VIDEO_PIPELINE)
@@ -185,6 +181,131 @@ class ImageToVideoPipeline(StagePipeline):
 
     model_class = ImageToVideoModel
     preprocessor_class = ImageToVideoPreprocessor
+
+    def __init__(self, model: str | ImageToVideoModel, *args: Any, refine: str | bool = False, **kwargs: Any):
+        """As of ``StagePipeline``.
+
+        Args:
+            refine: stage two's model, for calls with ``refine=True``: a folder or an id on the hub. By
+                default it is the one that the folder's own file describes, if it does.
+        """
+        self._second_stage_model = refine
+        # Stage two is loaded with what concerns loading; the rest is each call's to say.
+        self._second_stage_settings = {
+            key: kwargs[key] for key in ("precision", "attention") if key in kwargs
+        }
+        self._second_stage: VideoToVideoPipeline | None = None
+        super().__init__(model, *args, **kwargs)
+        if refine:
+            self._second_stage = self._load_second_stage()
+
+    def __call__(
+        self, input: Any, *args: Any, refine: bool = False, keep_first: Any = False, **keywords: Any
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """As of ``StagePipeline``; with ``refine``, both stages.
+
+        Args:
+            refine: whether the result is stage two's video of stage one's frames. Keywords that only stage
+                two has, such as ``text``, then go to it, and any of its own with ``refine_`` before the name
+                (``refine_steps``, ``refine_resolution``, ...); ``seed`` and the others go to stage one, and
+                ``seed``, ``fps``, ``callback``, ``progress`` and ``generator`` to both.
+            keep_first: with ``refine``, stage one's video too: True for a file beside the output, named
+                ``*.i2v.mp4``, or a path; returned as ``first_video``.
+        """
+        if not refine:
+            return super().__call__(input, *args, **keywords)
+        if not isinstance(input, list):
+            return self._refined(input, keep_first, keywords)
+        paths = self._output_paths(keywords.pop("output_video", None), len(input))
+        return [
+            self._refined(item, keep_first, {**keywords, "output_video": path})
+            for item, path in zip(input, paths)
+        ]
+
+    def preview(
+        self, input: Any, seeds: Iterable[int], output_folder: Any = None, **keywords: Any
+    ) -> dict[str, Any]:
+        """Stage-one videos of several seeds, to choose the seed of the one to refine.
+
+        Args:
+            input: the image.
+            seeds: one for each video.
+            output_folder: where to write ``seed_N.mp4`` and ``contact_sheet.png``; without it nothing is.
+            **keywords: of a call.
+
+        Returns:
+            ``videos``: the results, one for each seed; ``contact_sheet``: a PIL image of all of them.
+        """
+        seeds = list(seeds)
+        if not seeds:
+            raise InvalidInputError("seeds: at least one is needed")
+        folder = None if output_folder is None else Path(output_folder)
+        results, rows = [], []
+        with self._one_at_a_time:
+            for seed in seeds:
+                path = None if folder is None else folder / f"seed_{seed}.mp4"
+                frames, entries = self._frames(input, {**keywords, "seed": seed}, path)
+                results.append({OutputKeys.OUTPUT_VIDEO: _saved(frames, path, entries), **entries})
+                rows.append((f"seed {seed}", frames))
+        sheet = contact_sheet(rows)
+        if folder is not None:
+            sheet.save(folder / "contact_sheet.png")
+        return {"videos": results, "contact_sheet": sheet}
+
+    def _refined(self, input: Any, keep_first: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+        output = keywords.pop("output_video", None)
+        first, second = _split_keywords(keywords)
+        first_path = _first_path(keep_first, output)
+        with self._one_at_a_time:
+            if self._second_stage is None:
+                self._second_stage = self._load_second_stage()
+            self._second_stage._sanitize_parameters(output_video=output, **second)  # before any work
+            frames, entries = self._frames(input, first, first_path)
+            kept = {"first_video": _saved(frames, first_path, entries)} if keep_first else {}
+            video = Video(frames, entries["fps"], to_metadata(entries))
+            return {**self._second_stage(video, output_video=output, **second), **kept}
+
+    def _frames(self, input: Any, keywords: dict[str, Any], path: Any) -> tuple[np.ndarray, dict[str, Any]]:
+        """Stage one's frames [F, H, W, 3] uint8, and how they were made."""
+        for_preprocess, for_forward, _ = self._sanitize_parameters(output_video=path, **keywords)
+        outputs = self.forward(self.preprocess(input, **for_preprocess), **for_forward)
+        frames = to_frames(outputs["video"][0])
+        self._log(outputs["record"], frames, for_forward["clock"])
+        return frames, outputs["record"]
+
+    def _load_second_stage(self) -> VideoToVideoPipeline:
+        options = {"device": self.device_name, **self._second_stage_settings}
+        if isinstance(self._second_stage_model, str):
+            second = pipeline(VIDEO_TO_VIDEO, model=self._second_stage_model, **options)
+        elif SECOND_STAGE_SECTION in read_configuration(self.model.model_dir):
+            second = VideoToVideoPipeline(self.model.model_dir, **options)
+        else:
+            raise ConfigurationError(
+                f"refine: {self.model.model_dir} describes no second stage; give its folder or its id on the "
+                "hub: pipeline('image-to-video', ..., refine='damo/Video-to-Video')"
+            )
+        second.model.share_autoencoder(self.model)
+        return second
+
+
+def _split_keywords(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Stage one's and stage two's keywords out of those of a call for both."""
+    of_first, shared = keywords_of(IMAGE_TO_VIDEO), ("seed", "fps", "callback", "progress", "generator")
+    first: dict[str, Any] = {}
+    second: dict[str, Any] = {name: keywords[name] for name in shared if name in keywords}
+    for name, value in keywords.items():
+        if name in of_first:
+            first[name] = value
+        else:
+            second[name[len("refine_") :] if name.startswith("refine_") else name] = value
+    return first, second
+
+
+def _first_path(keep_first: Any, output: Any) -> str | None:
+    """Where stage one's video goes; None for nowhere, or for bytes."""
+    if not keep_first or (keep_first is True and output is None):
+        return None
+    return str(Path(output).with_suffix(".i2v.mp4")) if keep_first is True else str(keep_first)
 
 
 @register_class(PIPELINES, VIDEO_TO_VIDEO, VIDEO_TO_VIDEO_PIPELINE)

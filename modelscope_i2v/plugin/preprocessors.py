@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..images import open_image
 from ..preprocessing import ClipImageTransform, VideoTransform
-from ..video import read_video
+from ..video import Video, read_video
 from .registration import (
     IMAGE_TO_VIDEO_PREPROCESSOR,
     PREPROCESSOR_GROUP,
@@ -33,11 +33,15 @@ class ImageToVideoPreprocessor(Preprocessor):
 
 @register_class(PREPROCESSORS, PREPROCESSOR_GROUP, VIDEO_TO_VIDEO_PREPROCESSOR)
 class VideoToVideoPreprocessor(Preprocessor):
-    """A video (path, URL or bytes) to stage two's ``video_data`` [F, 3, H, W] in [-1, 1]."""
+    """A video (path, URL, bytes, or ``Video``) to stage two's ``video_data`` [F, 3, H, W] in [-1, 1].
+
+    The file's metadata come along as ``source_metadata``.
+    """
 
     def __init__(self, model_dir: str | None = None, *args: Any, transform: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.transform = transform or VideoTransform()
 
-    def __call__(self, data: Any) -> dict[str, Tensor]:
-        return {"video_data": self.transform(read_video(data).frames)}
+    def __call__(self, data: Any) -> dict[str, Any]:
+        video = data if isinstance(data, Video) else read_video(data)
+        return {"video_data": self.transform(video.frames), "source_metadata": video.metadata}

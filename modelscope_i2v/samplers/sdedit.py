@@ -28,10 +28,11 @@ Callback = Callable[[int, float, Tensor], None]
 def published_sigmas() -> Tensor:
     """Noise levels sigma by timestep, variance-preserving, float32 [1000], from about 0 to exactly 1.
 
-    The log-SNR follows a cosine from 15 to -15 (https://arxiv.org/abs/2102.09672), shifted by 2 log(1 / scale)
-    (https://arxiv.org/abs/2301.11093) with the scale going from 2 to 4 as the noise grows; sigma is then
-    stretched so that the last level is pure noise. The values are stored, not computed: processors differ
-    in the last bit of a tangent, and a Brownian tree asked at a time one bit away gives other noise.
+    The log-SNR follows a cosine from 15 to -15 (https://arxiv.org/abs/2102.09672), shifted by
+    2 log(1 / scale) (https://arxiv.org/abs/2301.11093) with the scale going from 2 to 4 as the noise
+    grows; sigma is then stretched so that the last level is pure noise. The values are stored, not
+    computed: processors differ in the last bit of a tangent, and a Brownian tree asked at a time one bit
+    away gives other noise.
     """
     path = Path(__file__).with_name("sdedit_sigmas.npy")
     return torch.from_numpy(numpy.load(path, allow_pickle=False))

@@ -394,9 +394,9 @@ def test_models_that_do_not_fit_the_task(small_model, i2v):
     with pytest.raises(InvalidInputError, match="a model folder or a VideoToVideoModel is needed"):
         pipeline("video-to-video", model=i2v.model, pipeline_name="video-to-video-pipeline", device="cpu")
     with pytest.raises(ConfigurationError, match="describes image-to-video, not video-to-video"):
-        pipeline(
-            "video-to-video", model=str(small_model[0]), pipeline_name="video-to-video-pipeline", device="cpu"
-        )
+        pipeline("video-to-video", model=str(small_model[0]), device="cpu")
+    with pytest.raises(ConfigurationError, match="describes video-to-video, not image-to-video"):
+        pipeline("image-to-video", model=str(small_model[1]), device="cpu")
 
 
 def test_a_failed_call_leaves_the_pipeline_usable(i2v, picture):

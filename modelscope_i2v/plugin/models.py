@@ -121,6 +121,7 @@ class StageModel(TorchModel):
         return decode_video(self.autoencoder, latents, request.size, self.cfg.decoder_bs)
 
 
+@register_class(MODELS, IMAGE_TO_VIDEO, VIDEO_TO_VIDEO_MODEL)
 @register_class(MODELS, IMAGE_TO_VIDEO, IMAGE_TO_VIDEO_MODEL)
 class ImageToVideoModel(StageModel):
     """Stage one: a video whose content is an image's."""
@@ -171,6 +172,7 @@ class ImageToVideoModel(StageModel):
             return self._decode(latents, request)
 
 
+@register_class(MODELS, VIDEO_TO_VIDEO, IMAGE_TO_VIDEO_MODEL)
 @register_class(MODELS, VIDEO_TO_VIDEO, VIDEO_TO_VIDEO_MODEL)
 class VideoToVideoModel(StageModel):
     """Stage two: a larger, sharper video of a video's content.

@@ -169,6 +169,7 @@ def _saved(frames: np.ndarray, path: Any, entries: Mapping[str, Any]) -> str | b
     return write_video(frames, path, entries["fps"], to_metadata(entries))
 
 
+@register_class(PIPELINES, IMAGE_TO_VIDEO, VIDEO_TO_VIDEO_PIPELINE)
 @register_class(PIPELINES, IMAGE_TO_VIDEO, IMAGE_TO_VIDEO_PIPELINE)
 class ImageToVideoPipeline(StagePipeline):
     """Stage one: an image (path, URL, bytes, PIL image or BGR array) to a video of its content.
@@ -308,6 +309,7 @@ def _first_path(keep_first: Any, output: Any) -> str | None:
     return str(Path(output).with_suffix(".i2v.mp4")) if keep_first is True else str(keep_first)
 
 
+@register_class(PIPELINES, VIDEO_TO_VIDEO, IMAGE_TO_VIDEO_PIPELINE)
 @register_class(PIPELINES, VIDEO_TO_VIDEO, VIDEO_TO_VIDEO_PIPELINE)
 class VideoToVideoPipeline(StagePipeline):
     """Stage two: a video and, if wanted, a text, to a larger, sharper video.

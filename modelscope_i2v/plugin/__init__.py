@@ -1,0 +1,1 @@
+"""The classes that ModelScope sees: models, preprocessors and pipelines, and their registration."""

@@ -1,0 +1,428 @@
+"""What an installation ships and costs, and that ModelScope then finds our classes by each way there is.
+
+Every test runs fresh interpreters in virtual environments that see the packages of the one that runs the
+tests, but not this package: it is built here, as a wheel and as an editable install, and put in. Nothing is
+downloaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+HOOK_FILES = {
+    "_modelscope_i2v_autoload.py",
+    "modelscope_i2v_autoload.pth",
+    "modelscope_i2v_autoload.start",
+}
+
+# Prints, as JSON, what ModelScope finds for our names, by the two steps of its own build_from_cfg.
+REPORT = """
+import json, sys
+from modelscope.models.builder import MODELS
+from modelscope.pipelines.builder import PIPELINES
+from modelscope.preprocessors.builder import PREPROCESSORS
+from modelscope.outputs import TASK_OUTPUTS
+from modelscope.pipeline_inputs import TASK_INPUTS
+from modelscope.preprocessors.base import PREPROCESSOR_MAP
+from modelscope.utils.constant import Tasks
+from modelscope.utils.import_utils import LazyImportModule
+
+def found(registry, group, name):
+    LazyImportModule.import_module((registry.name.upper(), group, name))
+    found = registry.get(name, group)
+    return found and f"{found.__module__}.{found.__name__}"
+
+def report(**more):
+    from modelscope_i2v.activation import activation_status
+    stock = ("multi_modal.image_to_video", "multi_modal.video_to_video")
+    answer = {"classes": [], "declared": [], "status": activation_status()}
+    for task, pipeline in (("image-to-video", "image-to-video-task-pipeline"),
+                           ("video-to-video", "video-to-video-pipeline")):
+        field = Tasks.find_field_by_task(task)
+        preprocessor = PREPROCESSOR_MAP.get((f"{task}-model", task), "missing")
+        answer["classes"].append(found(MODELS, task, f"{task}-model"))
+        answer["classes"].append(found(PIPELINES, task, pipeline))
+        answer["classes"].append(found(PREPROCESSORS, field, preprocessor))
+        answer["declared"].append([task in TASK_INPUTS, TASK_OUTPUTS.get(task)])
+    answer["stock"] = [name for name in sys.modules if any(part in name for part in stock)]
+    answer["finders"] = [repr(f) for f in sys.meta_path if "modelscope_i2v" in type(f).__module__]
+    print(json.dumps({**answer, **more}))
+"""
+
+OUR_CLASSES = [
+    "modelscope_i2v.plugin.models.ImageToVideoModel",
+    "modelscope_i2v.plugin.pipelines.ImageToVideoPipeline",
+    "modelscope_i2v.plugin.preprocessors.ImageToVideoPreprocessor",
+    "modelscope_i2v.plugin.models.VideoToVideoModel",
+    "modelscope_i2v.plugin.pipelines.VideoToVideoPipeline",
+    "modelscope_i2v.plugin.preprocessors.VideoToVideoPreprocessor",
+]
+
+
+class Environment:
+    """A virtual environment with the parent's packages, a home of its own, and without this package."""
+
+    # Transformers is optional to ModelScope, and half of the time that importing it takes.
+    hidden = ("modelscope_i2v", "_modelscope_i2v", "__editable__", "transformers")
+
+    def __init__(self, folder: Path, with_packages: bool = True):
+        venv.EnvBuilder(with_pip=False, symlinks=True).create(folder)
+        self.folder = folder
+        self.python = str(folder / "bin" / "python")
+        self.site_packages = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
+        if with_packages:
+            self._link_packages()
+
+    def _link_packages(self) -> None:
+        links = self.folder / "packages"
+        links.mkdir()
+        for parent in sys.path:
+            if not parent.endswith(("site-packages", "dist-packages")):
+                continue
+            for entry in Path(parent).iterdir():
+                if not entry.name.lower().startswith(self.hidden) and not (links / entry.name).exists():
+                    (links / entry.name).symlink_to(entry)
+        # A path, and not addsitedir: the parent's own start-up files stay out.
+        (self.site_packages / "packages.pth").write_text(f"{links}\n")
+
+    def run(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
+        """Run this environment's Python, with ``settings`` in its process environment."""
+        inherited = {
+            key: value
+            for key, value in os.environ.items()
+            if not key.startswith(("MODELSCOPE", "PIP_", "PYTHONPATH", "VIRTUAL_ENV"))
+        }
+        own = {
+            "HOME": str(self.folder),
+            "MODELSCOPE_CACHE": str(self.folder / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_NO_INDEX": "1",
+            "PIP_NO_DEPS": "1",
+        }
+        if "PIP_INDEX_URL" in settings:
+            del own["PIP_NO_INDEX"]
+        done = subprocess.run(
+            [self.python, *arguments],
+            env={**inherited, **own, **settings},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def ask(self, code: str, **settings: str) -> str:
+        """Run code; what it printed, stripped."""
+        return self.run("-c", textwrap.dedent(code), **settings).stdout.strip()
+
+    def report(self, code: str, **settings: str) -> dict:
+        """Run code that ends in a call of ``report``; what that printed."""
+        return json.loads(self.ask(code, **settings).splitlines()[-1])
+
+    def pip(self, *arguments: str) -> None:
+        self.run("-m", "pip", *arguments)
+
+    def files(self) -> set[str]:
+        """What is installed, by name."""
+        folders = (self.site_packages, self.folder / "bin")
+        return {entry.name for folder in folders for entry in folder.iterdir() if entry.name != "__pycache__"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A copy of what the packages are built from, so that building leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("source")
+    for entry in ROOT.iterdir():
+        if entry.is_file():
+            shutil.copy(entry, copy)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "modelscope_i2v", copy / "modelscope_i2v", ignore=ignore)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source, builder, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
+    builder.pip("wheel", "--no-build-isolation", "-w", str(target), str(source))
+    return next(target.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory) -> Environment:
+    """An environment that never holds this package."""
+    return Environment(tmp_path_factory.mktemp("builder"))
+
+
+@pytest.fixture(scope="module")
+def by_wheel(wheel, tmp_path_factory) -> Environment:
+    environment = Environment(tmp_path_factory.mktemp("by_wheel"))
+    environment.pip("install", str(wheel))
+    return environment
+
+
+@pytest.fixture(scope="module")
+def editable(source, tmp_path_factory) -> Environment:
+    environment = Environment(tmp_path_factory.mktemp("editable"))
+    environment.pip("install", "--no-build-isolation", "-e", str(source))
+    return environment
+
+
+@pytest.fixture(params=["by_wheel", "editable"])
+def installed(request) -> Environment:
+    return request.getfixturevalue(request.param)
+
+
+def assert_ours(report: dict) -> None:
+    assert report["classes"] == OUR_CLASSES
+    assert report["declared"] == [[True, ["output_video"]]] * 2
+    assert report["status"]["state"] == "registered", report["status"]
+    assert report["finders"] == []
+
+
+# What is shipped
+
+
+def test_wheel_ships_the_hook_and_one_top_level_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        [top_level] = [name for name in names if name.endswith("top_level.txt")]
+        [metadata] = [name for name in names if name.endswith(".dist-info/METADATA")]
+        [entry_points] = [name for name in names if name.endswith("entry_points.txt")]
+        version = json.loads(
+            subprocess.check_output(
+                [sys.executable, "-c", "import json, modelscope_i2v as m; print(json.dumps(m.__version__))"],
+                cwd=ROOT,
+            )
+        )
+        assert archive.read(top_level).decode().split() == ["modelscope_i2v"]
+        assert f"\nVersion: {version}\n" in archive.read(metadata).decode()
+        assert "modelscope-i2v = modelscope_i2v.cli:main" in archive.read(entry_points).decode()
+    assert {name for name in names if "/" not in name} == HOOK_FILES
+    assert not [name for name in names if name.startswith(("tests", "scripts"))]
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "modelscope_i2v").rglob("*.py")}
+    assert modules <= set(names)
+
+
+def test_source_distribution_builds_the_same_wheel(source, wheel, builder, tmp_path):
+    code = f"""
+        import os, setuptools.build_meta
+        os.chdir({str(source)!r})
+        print(setuptools.build_meta.build_sdist({str(tmp_path)!r}))
+    """
+    archive = tmp_path / builder.ask(code).splitlines()[-1]
+    builder.pip("wheel", "--no-build-isolation", "-w", str(tmp_path), str(archive))
+    [rebuilt] = tmp_path.glob("*.whl")
+    assert sorted(zipfile.ZipFile(rebuilt).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize("how", ["wheel", "editable"])
+def test_uninstalling_leaves_nothing(how, wheel, source, tmp_path):
+    environment = Environment(tmp_path / "environment")
+    before = environment.files()
+    what = [str(wheel)] if how == "wheel" else ["--no-build-isolation", "-e", str(source)]
+    environment.pip("install", *what)
+    assert environment.files() - before >= HOOK_FILES
+    environment.pip("uninstall", "-y", "modelscope_i2v")
+    assert environment.files() == before
+
+
+# Start-up
+
+
+def test_users_of_anything_else_notice_nothing(installed):
+    code = "import json, sys; print(json.dumps([sorted(sys.modules), [repr(f) for f in sys.meta_path]]))"
+    modules, finders = json.loads(installed.ask(code))
+    modules_without, finders_without = json.loads(installed.ask(code, MODELSCOPE_I2V_AUTOLOAD="0"))
+    assert set(modules) - set(modules_without) == {"_modelscope_i2v_autoload"}
+    # Once, although some versions of Python run start-up files twice in a virtual environment.
+    assert len(finders) - len(finders_without) == 1
+    assert not [name for name in modules_without if "modelscope" in name and "__editable__" not in name]
+
+
+def test_start_up_costs_next_to_nothing(installed):
+    def seconds(switch: str) -> float:
+        environment = {**os.environ, "MODELSCOPE_I2V_AUTOLOAD": switch}
+        begin = time.perf_counter()
+        subprocess.run([installed.python, "-c", "pass"], env=environment, check=True)
+        return time.perf_counter() - begin
+
+    ratios = []
+    # Noise only ever adds; a hook that is really slow stays so.
+    for _ in range(3):
+        pairs = [(seconds("1"), seconds("0")) for _ in range(25)]
+        extra = statistics.median(on - off for on, off in pairs)
+        ratios.append(extra / statistics.median(off for _, off in pairs))
+        if ratios[-1] < 0.1:
+            break
+    assert min(ratios) < 0.1, ratios
+
+
+@pytest.mark.parametrize("missing", ["_modelscope_i2v_autoload.py", "modelscope_i2v"])
+def test_leftover_hook_is_silent(missing, wheel, tmp_path):
+    environment = Environment(tmp_path / "environment")
+    environment.pip("install", str(wheel))
+    target = environment.site_packages / missing
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    (environment.folder / "modelscope.py").touch()
+    done = environment.run("-c", "import modelscope; print(modelscope.__file__)")
+    assert done.stdout.strip().endswith("modelscope.py")
+    assert done.stderr == ""
+
+
+def test_importing_the_package_is_light(by_wheel):
+    code = """
+        import sys
+        before = set(sys.modules)
+        import modelscope_i2v
+        new = set(sys.modules) - before
+        print(sorted(name for name in new if "." not in name))
+        print(len(new))
+    """
+    names, count = by_wheel.ask(code, MODELSCOPE_I2V_AUTOLOAD="0").splitlines()
+    assert not {"torch", "modelscope", "numpy", "logging"} & set(json.loads(names.replace("'", '"')))
+    assert int(count) < 25
+
+
+# With ModelScope itself
+
+
+def test_nothing_but_pip_install(installed):
+    code = f"""
+from modelscope.pipelines import pipeline
+from modelscope.outputs import OutputKeys
+{REPORT}
+report(table=TASK_OUTPUTS["image-to-video"] == [OutputKeys.OUTPUT_VIDEO])
+"""
+    report = installed.report(code)
+    assert_ours(report)
+    assert report["table"]
+    assert report["stock"] == []
+    assert (report["status"]["way"], report["status"]["start_up_hook"]) == ("start-up hook", "on")
+
+
+# Of the classes that ModelScope ships, these import if cv2 is there; the models import on no current system.
+STOCK_CLASSES = """
+import sys, types
+sys.modules["cv2"] = types.ModuleType("cv2")
+import modelscope.pipelines.multi_modal.image_to_video_pipeline
+import modelscope.pipelines.multi_modal.video_to_video_pipeline
+"""
+
+
+def test_import_after_modelscope_and_its_own_classes(by_wheel):
+    code = f"""{STOCK_CLASSES}
+{REPORT}
+@MODELS.register_module("image-to-video", module_name="image-to-video-model")
+class StandInForTheStockModel: ...
+index = LazyImportModule.get_ast_index()["index"]
+entry = index["PIPELINES", "image-to-video", "image-to-video-task-pipeline"]
+before = [entry["module"], "image-to-video" in TASK_INPUTS, "modelscope_i2v" in sys.modules]
+import modelscope_i2v
+report(before=before)
+"""
+    report = by_wheel.report(code, MODELSCOPE_I2V_AUTOLOAD="0")
+    # Off is off: up to the import, all is as ModelScope ships it.
+    assert report["before"] == ["modelscope.pipelines.multi_modal.image_to_video_pipeline", False, False]
+    assert_ours(report)
+    assert (report["status"]["way"], report["status"]["start_up_hook"]) == ("import", "off")
+
+
+def test_import_before_modelscope_and_its_own_classes(by_wheel):
+    code = f"""import modelscope_i2v
+{REPORT}
+import modelscope_i2v.plugin.pipelines
+try:
+    {STOCK_CLASSES.strip().replace(chr(10), chr(10) + "    ")}
+    refused = None
+except KeyError as error:
+    refused = str(error)
+report(refused=refused)
+"""
+    report = by_wheel.report(code, MODELSCOPE_I2V_AUTOLOAD="0")
+    assert "already registered" in report["refused"]
+    assert_ours(report)
+    assert report["status"]["way"] == "import"
+
+
+@pytest.fixture
+def package_index(wheel, tmp_path):
+    """A package index on this machine that knows our wheel and nothing else; its address."""
+    folder = tmp_path / "index" / "modelscope-i2v"
+    folder.mkdir(parents=True)
+    shutil.copy(wheel, folder)
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *arguments):
+            pass
+
+    handler = functools.partial(Quiet, directory=str(folder.parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("plugin", ["by name", "by file"])
+def test_plugins_in_a_model_folder(plugin, by_wheel, wheel, package_index, tmp_path):
+    configuration = {
+        "framework": "pytorch",
+        "task": "image-to-video",
+        "model": {"type": "image-to-video-model"},
+        "pipeline": {"type": "image-to-video-task-pipeline"},
+        "plugins": ["modelscope_i2v" if plugin == "by name" else str(wheel)],
+    }
+    (tmp_path / "configuration.json").write_text(json.dumps(configuration))
+    code = f"""{REPORT}
+from modelscope.pipelines import pipeline
+messages = []
+for trust in False, True:
+    try:
+        pipeline("image-to-video", model={str(tmp_path)!r}, device="cpu", trust_remote_code=trust)
+    except Exception as error:  # with trust, ours: the folder holds no weights
+        messages.append(str(error))
+    messages.append("modelscope_i2v" in sys.modules)
+report(messages=messages)
+"""
+    done = by_wheel.run("-c", code, MODELSCOPE_I2V_AUTOLOAD="0", PIP_INDEX_URL=package_index)
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert "trust_remote_code=True" in report["messages"][0]
+    assert report["messages"][1] is False and report["messages"][-1] is True
+    assert_ours(report)
+    # The loader imports every public submodule, and says so where it cannot.
+    assert "not imported" not in done.stdout + done.stderr
+
+
+def test_modelscope_plugins_command_and_plugin_file(wheel, tmp_path):
+    environment = Environment(tmp_path / "environment")
+    environment.run("-m", "modelscope.cli.cli", "plugins", "install", str(wheel))
+    assert environment.files() >= HOOK_FILES
+    (environment.folder / ".modelscope_plugins").write_text("modelscope_i2v\n")
+    code = f"""{REPORT}
+from modelscope.utils.plugins import import_all_plugins
+before = "modelscope_i2v" in sys.modules
+report(before=before, plugins=import_all_plugins())
+"""
+    report = environment.report(code, MODELSCOPE_I2V_AUTOLOAD="0")
+    assert (report["before"], report["plugins"]) == (False, ["modelscope_i2v"])
+    assert_ours(report)

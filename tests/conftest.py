@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from environments import Environment
 
 from modelscope_i2v.small_model import make_small_model
 
+ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"
 
 #: As small as the networks allow: a generation takes a second or two.
@@ -50,3 +53,47 @@ def picture(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "picture.png"
     Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8)).save(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A copy of what the packages are built from, so that building leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("source")
+    for entry in ROOT.iterdir():
+        if entry.is_file():
+            shutil.copy(entry, copy)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "modelscope_i2v", copy / "modelscope_i2v", ignore=ignore)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def wheel(source, builder, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("wheel")
+    builder.pip("wheel", "--no-build-isolation", "-w", str(target), str(source))
+    return next(target.glob("*.whl"))
+
+
+@pytest.fixture(scope="session")
+def builder(tmp_path_factory) -> Environment:
+    """An environment that never holds this package."""
+    return Environment(tmp_path_factory.mktemp("builder"))
+
+
+@pytest.fixture(scope="session")
+def by_wheel(wheel, tmp_path_factory) -> Environment:
+    environment = Environment(tmp_path_factory.mktemp("by_wheel"))
+    environment.pip("install", str(wheel))
+    return environment
+
+
+@pytest.fixture(scope="session")
+def editable(source, tmp_path_factory) -> Environment:
+    environment = Environment(tmp_path_factory.mktemp("editable"))
+    environment.pip("install", "--no-build-isolation", "-e", str(source))
+    return environment
+
+
+@pytest.fixture(params=["by_wheel", "editable"])
+def installed(request) -> Environment:
+    return request.getfixturevalue(request.param)

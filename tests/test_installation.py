@@ -1,8 +1,6 @@
 """What an installation ships and costs, and that ModelScope then finds our classes by each way there is.
 
-Every test runs fresh interpreters in virtual environments that see the packages of the one that runs the
-tests, but not this package: it is built here, as a wheel and as an editable install, and put in. Nothing is
-downloaded.
+Every test runs fresh interpreters in the virtual environments of ``environments.py``.
 """
 
 from __future__ import annotations
@@ -15,16 +13,14 @@ import shutil
 import statistics
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-import venv
 import zipfile
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from environments import Environment
 
-ROOT = Path(__file__).resolve().parents[1]
 HOOK_FILES = {
     "_modelscope_i2v_autoload.py",
     "modelscope_i2v_autoload.pth",
@@ -73,122 +69,6 @@ OUR_CLASSES = [
     "modelscope_i2v.plugin.pipelines.VideoToVideoPipeline",
     "modelscope_i2v.plugin.preprocessors.VideoToVideoPreprocessor",
 ]
-
-
-class Environment:
-    """A virtual environment with the parent's packages, a home of its own, and without this package."""
-
-    # Transformers is optional to ModelScope, and half of the time that importing it takes.
-    hidden = ("modelscope_i2v", "_modelscope_i2v", "__editable__", "transformers")
-
-    def __init__(self, folder: Path, with_packages: bool = True):
-        venv.EnvBuilder(with_pip=False, symlinks=True).create(folder)
-        self.folder = folder
-        self.python = str(folder / "bin" / "python")
-        self.site_packages = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))"))
-        if with_packages:
-            self._link_packages()
-
-    def _link_packages(self) -> None:
-        links = self.folder / "packages"
-        links.mkdir()
-        for parent in sys.path:
-            if not parent.endswith(("site-packages", "dist-packages")):
-                continue
-            for entry in Path(parent).iterdir():
-                if not entry.name.lower().startswith(self.hidden) and not (links / entry.name).exists():
-                    (links / entry.name).symlink_to(entry)
-        # A path, and not addsitedir: the parent's own start-up files stay out.
-        (self.site_packages / "packages.pth").write_text(f"{links}\n")
-
-    def run(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess:
-        """Run this environment's Python, with ``settings`` in its process environment."""
-        inherited = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("MODELSCOPE", "PIP_", "PYTHONPATH", "VIRTUAL_ENV"))
-        }
-        own = {
-            "HOME": str(self.folder),
-            "MODELSCOPE_CACHE": str(self.folder / "cache"),
-            "OMP_NUM_THREADS": "1",
-            "PIP_CONFIG_FILE": os.devnull,
-            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-            "PIP_NO_INDEX": "1",
-            "PIP_NO_DEPS": "1",
-        }
-        if "PIP_INDEX_URL" in settings:
-            del own["PIP_NO_INDEX"]
-        done = subprocess.run(
-            [self.python, *arguments],
-            env={**inherited, **own, **settings},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done
-
-    def ask(self, code: str, **settings: str) -> str:
-        """Run code; what it printed, stripped."""
-        return self.run("-c", textwrap.dedent(code), **settings).stdout.strip()
-
-    def report(self, code: str, **settings: str) -> dict:
-        """Run code that ends in a call of ``report``; what that printed."""
-        return json.loads(self.ask(code, **settings).splitlines()[-1])
-
-    def pip(self, *arguments: str) -> None:
-        self.run("-m", "pip", *arguments)
-
-    def files(self) -> set[str]:
-        """What is installed, by name."""
-        folders = (self.site_packages, self.folder / "bin")
-        return {entry.name for folder in folders for entry in folder.iterdir() if entry.name != "__pycache__"}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory) -> Path:
-    """A copy of what the packages are built from, so that building leaves nothing in the checkout."""
-    copy = tmp_path_factory.mktemp("source")
-    for entry in ROOT.iterdir():
-        if entry.is_file():
-            shutil.copy(entry, copy)
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "modelscope_i2v", copy / "modelscope_i2v", ignore=ignore)
-    return copy
-
-
-@pytest.fixture(scope="module")
-def wheel(source, builder, tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("wheel")
-    builder.pip("wheel", "--no-build-isolation", "-w", str(target), str(source))
-    return next(target.glob("*.whl"))
-
-
-@pytest.fixture(scope="module")
-def builder(tmp_path_factory) -> Environment:
-    """An environment that never holds this package."""
-    return Environment(tmp_path_factory.mktemp("builder"))
-
-
-@pytest.fixture(scope="module")
-def by_wheel(wheel, tmp_path_factory) -> Environment:
-    environment = Environment(tmp_path_factory.mktemp("by_wheel"))
-    environment.pip("install", str(wheel))
-    return environment
-
-
-@pytest.fixture(scope="module")
-def editable(source, tmp_path_factory) -> Environment:
-    environment = Environment(tmp_path_factory.mktemp("editable"))
-    environment.pip("install", "--no-build-isolation", "-e", str(source))
-    return environment
-
-
-@pytest.fixture(params=["by_wheel", "editable"])
-def installed(request) -> Environment:
-    return request.getfixturevalue(request.param)
 
 
 def assert_ours(report: dict) -> None:

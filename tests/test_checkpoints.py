@@ -1,0 +1,451 @@
+"""Loading weights: torch's own loader is the oracle for values, and every wrong file has its message."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from modelscope_i2v.checkpoints import find_checkpoint, load_weights, open_checkpoint
+from modelscope_i2v.errors import CheckpointError, MissingFileError
+
+SAVERS = {
+    "zip": torch.save,
+    "zip, protocol 4": lambda state, path: torch.save(state, path, pickle_protocol=4),
+    "legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "safetensors": lambda state, path: safetensors.torch.save_file(
+        {key: value.detach().clone().contiguous() for key, value in state.items()}, path
+    ),
+}
+TORCH_SAVERS = {name: save for name, save in SAVERS.items() if name != "safetensors"}
+DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64".split()
+
+
+def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 50
+    return (numbers > 0) if dtype is torch.bool else numbers.to(dtype)
+
+
+class Network(nn.Module):
+    """A parameter of each rank, a submodule, and buffers of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+        self.scale = nn.Parameter(torch.ones(()))
+        if torch.get_default_device() != torch.device("meta"):
+            self.register_buffer("table", torch.arange(3.0), persistent=False)
+
+
+def network_on_meta() -> Network:
+    with torch.device("meta"):
+        return Network()
+
+
+def network_state(prefix: str = "") -> dict[str, torch.Tensor]:
+    network = Network()
+    shapes = {key: value.shape for key, value in network.state_dict().items()}
+    state = {key: random_tensor(*shape, seed=seed) for seed, (key, shape) in enumerate(shapes.items())}
+    state["body.1.num_batches_tracked"] = torch.tensor(7)
+    return {prefix + key: value for key, value in state.items()}
+
+
+# Values
+
+
+@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+def test_values_of_every_dtype_are_those_that_were_saved(tmp_path, save):
+    state = {name: random_tensor(3, 2, dtype=getattr(torch, name)) for name in DTYPES}
+    save(state, tmp_path / "weights")
+    with open_checkpoint(tmp_path / "weights") as checkpoint:
+        assert set(checkpoint) == set(state) and not checkpoint.others
+        for key, value in state.items():
+            assert checkpoint[key].shape == (3, 2)
+            assert checkpoint.read(key).dtype is value.dtype
+            assert torch.equal(checkpoint.read(key), value)
+
+
+@pytest.mark.parametrize("save", [SAVERS["zip"], SAVERS["safetensors"]], ids=["zip", "safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32])
+def test_dtypes_without_a_storage_class(tmp_path, save, dtype):
+    value = torch.arange(10).to(dtype)
+    save({"weight": value}, tmp_path / "weights")
+    with open_checkpoint(tmp_path / "weights") as checkpoint:
+        read = checkpoint.read("weight")
+    assert read.dtype is dtype
+    assert torch.equal(read.view(torch.uint8), value.view(torch.uint8))
+
+
+@pytest.mark.parametrize("save", TORCH_SAVERS.values(), ids=TORCH_SAVERS)
+def test_views_parameters_and_shared_storages_as_torch_load_has_them(tmp_path, save):
+    base = random_tensor(6, 8)
+    save(
+        OrderedDict(
+            base=base,
+            window=base[1:4, 2:7],
+            transposed=base.t(),
+            every_second=base[::2, 1::3],
+            last=base[5, 7],
+            scalar=torch.tensor(2.5),
+            empty=torch.zeros(0, 3),
+            expanded=torch.tensor([[1.0, 2.0]]).expand(4, 2),
+            channels_last=random_tensor(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
+            parameter=nn.Parameter(base[2]),
+        ),
+        tmp_path / "weights",
+    )
+    oracle = torch.load(tmp_path / "weights", weights_only=False)
+    with open_checkpoint(tmp_path / "weights") as checkpoint:
+        assert list(checkpoint) == list(oracle)
+        for key, value in oracle.items():
+            read = checkpoint.read(key)
+            assert torch.equal(read, value), key
+            assert read.is_contiguous() and read.untyped_storage().nbytes() == value.numel() * 4, key
+
+
+@pytest.mark.parametrize("save", TORCH_SAVERS.values(), ids=TORCH_SAVERS)
+def test_a_parameter_with_attributes_is_its_values(tmp_path, save):
+    parameter = nn.Parameter(random_tensor(3))
+    parameter.note = "foreign state"
+    save({"weight": parameter}, tmp_path / "weights")
+    with open_checkpoint(tmp_path / "weights") as checkpoint:
+        assert torch.equal(checkpoint.read("weight"), parameter)
+
+
+def test_a_conjugated_view_is_refused_rather_than_read_wrongly(tmp_path):
+    conjugate = random_tensor(2, dtype=torch.complex64).conj()
+    torch.save({"a": random_tensor(2), "z": conjugate}, tmp_path / "weights")
+    with open_checkpoint(tmp_path / "weights") as checkpoint:
+        assert list(checkpoint) == ["a"] and list(checkpoint.others) == ["z"]
+
+
+@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+def test_prefix_is_stripped_and_only_floating_tensors_are_cast(tmp_path, save):
+    weight = random_tensor(4, 3)
+    state = {"model.weight": weight, "model.count": torch.tensor(3), "other.weight": weight + 1}
+    save(state, tmp_path / "weights")
+    with open_checkpoint(tmp_path / "weights", "model.") as checkpoint:
+        assert sorted(checkpoint) == ["count", "weight"]
+        assert torch.equal(checkpoint.read("weight", dtype=torch.float16), weight.half())
+        assert checkpoint.read("count", dtype=torch.float16).dtype is torch.int64
+        assert checkpoint.read("weight", device="meta").is_meta
+
+
+@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+def test_what_was_read_outlives_the_file(tmp_path, save):
+    value = random_tensor(64, 64)
+    save({"weight": value}, tmp_path / "weights")
+    with open_checkpoint(tmp_path / "weights") as checkpoint:
+        read = checkpoint.read("weight")
+    (tmp_path / "weights").write_bytes(b"")
+    read += 1
+    assert torch.equal(read, value + 1)
+
+
+def test_every_header_length_is_recognised_as_safetensors(tmp_path):
+    # The length comes first in the file, and its low byte may be a pickle's first.
+    for length in range(0, 400, 8):
+        safetensors.torch.save_file({"k" * (length + 1): torch.ones(2)}, tmp_path / "weights")
+        with open_checkpoint(tmp_path / "weights") as checkpoint:
+            assert len(checkpoint) == 1
+
+
+# Checkpoints with foreign content
+
+
+@pytest.fixture
+def lightning_checkpoint(tmp_path, monkeypatch):
+    """What training with PyTorch Lightning left, read where Lightning is not installed."""
+    module_name = "pytorch_lightning.callbacks.model_checkpoint"
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module_name):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    model_checkpoint = type("ModelCheckpoint", (), {"__module__": module_name})
+    sys.modules[module_name].ModelCheckpoint = model_checkpoint
+
+    def write(save):
+        best = model_checkpoint()
+        best.score = numpy.float32(0.5)
+        state = {
+            "epoch": 3,
+            "global_step": 220000,
+            "callbacks": {model_checkpoint: {"best": numpy.float64(0.25), "kept": [best], "of": {1, 2}}},
+            "optimizer_states": [{"state": {0: {"step": 1, "dtype": numpy.dtype("float32")}}}],
+            "lr_schedulers": [(1.5, None, True, b"bytes", numpy.arange(3))],
+            "state_dict": network_state("first_stage_model."),
+        }
+        save(state, tmp_path / "v2-1_512-ema-pruned.ckpt")
+        monkeypatch.undo()
+        return tmp_path / "v2-1_512-ema-pruned.ckpt"
+
+    return write
+
+
+@pytest.mark.parametrize("save", TORCH_SAVERS.values(), ids=TORCH_SAVERS)
+def test_foreign_classes_need_not_be_installed(lightning_checkpoint, save):
+    path = lightning_checkpoint(save)
+    network = network_on_meta()
+    load_weights(network, path, "first_stage_model.")
+    assert "pytorch_lightning" not in sys.modules
+    assert all(torch.equal(network.state_dict()[key], value) for key, value in network_state().items())
+
+
+def test_a_pickled_module_is_refused_by_name(tmp_path):
+    torch.save(nn.Linear(2, 2), tmp_path / "weights")
+    with pytest.raises(CheckpointError, match=r"torch\.nn\.modules\.linear\.Linear.*state_dict\(\)"):
+        open_checkpoint(tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ([torch.ones(2)], "a list instead of a state dict"),
+        (torch.ones(2), "a tensor instead of a state dict"),
+        ({"model": {"weight": torch.ones(2)}, "epoch": 1}, "its keys are 'model', 'epoch'"),
+        ({"weight": numpy.ones(2)}, "no plain tensors"),
+        ({"weight": torch.ones(2).to_sparse()}, "no plain tensors"),
+    ],
+)
+def test_what_is_no_state_dict_is_said(tmp_path, value, message):
+    torch.save(value, tmp_path / "weights")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "weights")
+
+
+# Loading into a network
+
+
+@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+def test_load_weights_gives_every_parameter_and_buffer(tmp_path, save):
+    save(network_state(), tmp_path / "weights")
+    network = network_on_meta()
+    load_weights(network, tmp_path / "weights")
+    for key, value in network_state().items():
+        assert torch.equal(network.state_dict()[key], value), key
+    assert isinstance(network.scale, nn.Parameter)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert "body.1.running_mean" in dict(network.named_buffers())
+
+
+def test_load_weights_casts_floating_ones_and_moves_along_what_is_not_in_the_file(tmp_path):
+    torch.save(network_state(), tmp_path / "weights")
+    network = Network()
+    load_weights(network, tmp_path / "weights", dtype=torch.bfloat16)
+    assert network.scale.dtype is network.table.dtype is network.body[1].running_var.dtype is torch.bfloat16
+    assert network.body[1].num_batches_tracked.dtype is torch.int64
+    assert torch.equal(network.body[0].weight, network_state()["body.0.weight"].bfloat16())
+
+
+@pytest.mark.parametrize(
+    "change, parts",
+    [
+        (lambda s: s.pop("scale"), ["1 missing keys ('scale')"]),
+        (lambda s: s.update(extra=torch.ones(1)), ["1 additional keys ('extra')"]),
+        (
+            lambda s: s.update({"body.0.bias": torch.ones(5)}),
+            ["another shape", "body.0.bias: [5]", "[3] in the net"],
+        ),
+        (
+            lambda s: s.update(scale=torch.tensor(1)),
+            ["another kind of number", "scale: torch.int64", "torch.float32"],
+        ),
+        (
+            lambda s: s.update({"body.1.num_batches_tracked": torch.tensor(1.0)}),
+            ["num_batches_tracked: torch.float32"],
+        ),
+        (lambda s: s.update(scale=numpy.float32(1)), ["no plain tensor", "scale: numpy.", "scalar"]),
+        (lambda s: s.update(scale=1.0), ["no plain tensor", "scale: float"]),
+        (lambda s: s.update(step=1), ["1 additional keys ('step')"]),
+        (
+            lambda s: s.update({f"x{i}": torch.ones(1) for i in range(9)}),
+            ["9 additional keys ('x0', ", "and 4 more"],
+        ),
+        (
+            lambda s: (s.pop("scale"), s.update(gain=torch.ones(()))),
+            ["missing keys ('scale'); 1 additional", "'gain'"],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_before_anything_is_read(tmp_path, monkeypatch, change, parts):
+    state = network_state()
+    change(state)
+    torch.save(state, tmp_path / "unet.pth")
+    monkeypatch.setattr("modelscope_i2v.checkpoints.Checkpoint.read", lambda *_: pytest.fail("data was read"))
+    network = network_on_meta()
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(network, tmp_path / "unet.pth")
+    for part in [str(tmp_path / "unet.pth"), "does not fit the network Network", *parts]:
+        assert part in str(caught.value)
+    assert network.scale.is_meta
+
+
+def test_a_wrong_prefix_is_said_once_and_not_key_by_key(tmp_path):
+    torch.save(network_state("visual."), tmp_path / "clip.bin")
+    with pytest.raises(
+        CheckpointError, match=r"none of its 8 keys .* is in the file, which has 'visual\.scale"
+    ):
+        load_weights(network_on_meta(), tmp_path / "clip.bin")
+
+
+@pytest.mark.parametrize(
+    "ignore", [("visual.", "logit_scale"), lambda key: key[0] in "vl"], ids=["names", "predicate"]
+)
+def test_ignore_lets_pass_what_it_names_and_nothing_else(tmp_path, ignore):
+    state = {**network_state(), "visual.proj": torch.ones(2), "logit_scale": torch.ones(())}
+    torch.save(state, tmp_path / "clip.bin")
+    load_weights(network_on_meta(), tmp_path / "clip.bin", ignore=ignore)
+    torch.save({**state, "text_projection": torch.ones(1)}, tmp_path / "clip.bin")
+    with pytest.raises(CheckpointError, match=r"1 additional keys \('text_projection'\)"):
+        load_weights(network_on_meta(), tmp_path / "clip.bin", ignore=ignore)
+
+
+def test_ignore_takes_a_name_without_a_dot_for_a_whole_key(tmp_path):
+    torch.save({**network_state(), "logit_scale": torch.ones(1)}, tmp_path / "clip.bin")
+    load_weights(network_on_meta(), tmp_path / "clip.bin", ignore="logit_scale")
+    torch.save({**network_state(), "logit_scale_2": torch.ones(1)}, tmp_path / "clip.bin")
+    with pytest.raises(CheckpointError, match="logit_scale_2"):
+        load_weights(network_on_meta(), tmp_path / "clip.bin", ignore="logit_scale")
+
+
+MEASURE = """
+import re, sys, torch
+from torch import nn
+from modelscope_i2v.checkpoints import load_weights
+with torch.device("meta"):
+    network = nn.Sequential(*(nn.Linear(1024, 2048, bias=False) for _ in range(8)))
+torch.ones(1024, 1024).to(getattr(torch, sys.argv[2]))  # brings in the code
+before = int(re.search(r"VmRSS:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
+load_weights(network, sys.argv[1], "wanted.", dtype=getattr(torch, sys.argv[2]))
+peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
+print((peak - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is as Linux tells it")
+def test_memory_is_that_of_the_wanted_weights_and_one_tensor(tmp_path):
+    state = {f"wanted.{i}.weight": torch.ones(2048, 1024) for i in range(8)}
+    state["unwanted"] = torch.empty(100 * 2**20, dtype=torch.uint8)
+    torch.save(state, tmp_path / "weights")
+    command = [sys.executable, "-W", "ignore", "-c", MEASURE, str(tmp_path / "weights"), "float16"]
+    root = Path(__file__).parents[1]
+    megabytes = int(subprocess.run(command, check=True, capture_output=True, text=True, cwd=root).stdout)
+    assert 16 < megabytes < 32 + 8 + 4 + 28  # 32 of weights, a tensor of 8 and its cast, and room to spare
+
+
+# Finding files
+
+
+def test_find_checkpoint(tmp_path):
+    (tmp_path / "unet").mkdir()
+    for name in ("a.pth", "b.safetensors", "unet/c.v1.bin"):
+        (tmp_path / name).touch()
+    assert find_checkpoint(tmp_path, "a.pth") == tmp_path / "a.pth"
+    assert find_checkpoint(str(tmp_path), "b.ckpt") == tmp_path / "b.safetensors"
+    assert find_checkpoint(tmp_path, "unet/c.v1.bin") == tmp_path / "unet" / "c.v1.bin"
+    assert find_checkpoint(tmp_path / "unet", "../a.pth").samefile(tmp_path / "a.pth")
+    assert find_checkpoint("/nowhere", tmp_path / "a.pth") == tmp_path / "a.pth"
+
+
+def test_a_missing_file_is_answered_with_what_is_there(tmp_path):
+    (tmp_path / "non_ema_0035000 (1).pth").touch()
+    (tmp_path / "configuration.json").touch()
+    with pytest.raises(
+        MissingFileError, match=r"'non_ema_0035000.pth' in '.*': did you mean .*0 \(1\)\.pth'\.$"
+    ):
+        find_checkpoint(tmp_path, "non_ema_0035000.pth")
+    with pytest.raises(MissingFileError, match="the folder holds 'configuration.json', 'non_ema"):
+        find_checkpoint(tmp_path, "xyz")
+    with pytest.raises(FileNotFoundError, match="the folder cannot be read"):
+        find_checkpoint(tmp_path / "absent", "a.pth")
+    with pytest.raises(CheckpointError, match="is a folder"):
+        find_checkpoint(tmp_path, "")
+    (tmp_path / "link.pth").symlink_to("gone.pth")
+    with pytest.raises(MissingFileError, match="a link to 'gone.pth'"):
+        find_checkpoint(tmp_path, "link.pth")
+    with pytest.raises(MissingFileError, match="gone.pth"):
+        open_checkpoint(tmp_path / "gone.pth")
+    with pytest.raises(CheckpointError, match="is none"):
+        open_checkpoint(tmp_path)
+
+
+# Wrong files
+
+
+def saved(save, folder: Path, **tensors: torch.Tensor) -> bytes:
+    save(tensors or {"weight": random_tensor(64, 64)}, folder / "saved")
+    return (folder / "saved").read_bytes()
+
+
+def torchscript(folder: Path) -> bytes:
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), folder / "saved")
+    return (folder / "saved").read_bytes()
+
+
+def zip_of(folder: Path, method: int) -> bytes:
+    with zipfile.ZipFile(folder / "saved", "w", method) as archive:
+        archive.writestr("weights.pth", b"0" * 1000)
+    return (folder / "saved").read_bytes()
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 5214604761\n"
+WRONG_FILES = {
+    "empty": (lambda d: b"", ["empty (0 bytes)", "download it again"]),
+    "zeros": (lambda d: bytes(5000), ["filled with zeros", "5000", "download it again"]),
+    "git-lfs pointer": (lambda d: LFS_POINTER, ["git-lfs pointer", "5,214,604,761 bytes", "git lfs pull"]),
+    "web page": (lambda d: b"\n<!DOCTYPE html><html><body>403", ["web page (HTML)", "download"]),
+    "text": (lambda d: b"Entry not found", ["text file", "'Entry not found'"]),
+    "noise": (lambda d: bytes(range(100, 256)), ["not a checkpoint", "156 bytes", "64 65 66"]),
+    "gzip": (lambda d: b"\x1f\x8b\x08" + b"x" * 50, ["gzip", "unpack it first"]),
+    "plain pickle": (lambda d: b"\x80\x04N.", ["a pickle, but not one that torch.save wrote"]),
+    "TorchScript": (torchscript, ["TorchScript", "state_dict()"]),
+    "zip of a checkpoint": (
+        lambda d: zip_of(d, zipfile.ZIP_STORED),
+        ["no checkpoint", "'weights.pth'", "unpack"],
+    ),
+    "compressed zip": (
+        lambda d: zip_of(d, zipfile.ZIP_DEFLATED),
+        ["no checkpoint", "'weights.pth'", "unpack"],
+    ),
+    "zip cut short": (lambda d: saved(torch.save, d)[:-30], ["cut short", "download it again"]),
+    "zip cut in half": (lambda d: saved(torch.save, d)[:9000], ["cut short", "9000", "download it again"]),
+    "zip with a zeroed tail": (lambda d: saved(torch.save, d)[:9000] + bytes(9000), ["cut short", "18000"]),
+    "legacy cut short": (
+        lambda d: saved(SAVERS["legacy"], d)[:-1],
+        ["cut short", "should have at least 16,"],
+    ),
+    "legacy cut in its pickle": (lambda d: saved(SAVERS["legacy"], d)[:200], ["cut short"]),
+    "safetensors cut short": (
+        lambda d: saved(SAVERS["safetensors"], d)[:-1],
+        ["cut short", "16,463", "16,464"],
+    ),
+    "safetensors header only": (lambda d: saved(SAVERS["safetensors"], d)[:20], ["cut short", "20", "80"]),
+    "safetensors with more": (lambda d: saved(SAVERS["safetensors"], d) + b"x", ["accounts for 16464"]),
+}
+
+
+@pytest.mark.parametrize("make, parts", WRONG_FILES.values(), ids=WRONG_FILES)
+def test_a_wrong_file_is_told_for_what_it_is(tmp_path, make, parts):
+    path = tmp_path / "unet.pth"
+    path.write_bytes(make(tmp_path))
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    for part in [str(path), *parts]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+def test_a_file_cut_short_while_it_is_read_is_an_error(tmp_path, save):
+    save({"weight": random_tensor(512, 512)}, tmp_path / "weights")
+    with open_checkpoint(tmp_path / "weights") as checkpoint:
+        with open(tmp_path / "weights", "r+b") as file:
+            file.truncate(2**19)
+        with pytest.raises(CheckpointError, match="weights.* cut short: it ends amid a tensor"):
+            checkpoint.read("weight")

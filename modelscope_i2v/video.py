@@ -1,0 +1,17 @@
+"""Video files in and out: the names that the rest of the package, and its users, need."""
+
+from __future__ import annotations
+
+from .video_reading import Video, read_metadata, read_video
+from .video_writing import DEFAULT_FPS, EXTENSIONS, check_writable, encode_video, write_video
+
+__all__ = [
+    "DEFAULT_FPS",
+    "EXTENSIONS",
+    "Video",
+    "check_writable",
+    "encode_video",
+    "read_metadata",
+    "read_video",
+    "write_video",
+]

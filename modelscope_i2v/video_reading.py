@@ -1,0 +1,285 @@
+"""Video files to RGB frames, with PyAV: no system-wide ffmpeg is needed.
+
+A name inside a file (playlists and their kin) is never followed, and what is decoded is bounded in memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Iterator
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+
+from .errors import I2VError, InvalidInputError
+from .sources import describe_content, open_source, source_name
+
+logger = logging.getLogger(__name__)
+
+ASSUMED_FPS = 8.0  # where a file does not tell
+MAX_FPS = 1000.0
+MAX_SIDE = 8192  # pixels
+MAX_DECODED_BYTES = 4 << 30  # of RGB frames: some 1,500 of 1280x720
+MAX_BYTES = 2 << 30  # of a download or of bytes given; a local file is read piece by piece
+
+# All of them self-contained: none can refer to another file or address.
+_FORMATS = (
+    "mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "gif", "apng", "mpegts", "mpeg", "mpegvideo", "h264",
+    "hevc", "m4v", "flv", "ogg", "asf", "ivf", "yuv4mpegpipe", "nut", "mxf", "dv",
+)  # fmt: skip
+_MAX_FAILURES = 100  # packets in a row that do not decode, before the rest of a damaged file is given up
+_ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: a recording's cover, which is no video
+_BRANDS = ("major_brand", "minor_version", "compatible_brands")  # MP4's own, not the author's
+# Frames' and swscale's numbers for BT.709, FCC, SMPTE 240M and BT.2020 are the same (PyAV 14 has no name for
+# the last); all else is taken as BT.601, as ffmpeg does.
+_SHARED_COLORSPACES = (1, 4, 7, 9)
+
+
+@dataclass(frozen=True, eq=False)
+class Video:
+    """A decoded video: ``frames`` uint8 RGB [F, H, W, 3], F >= 1; ``fps`` in Hz; the file's ``metadata``."""
+
+    frames: np.ndarray
+    fps: float
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read_video(source: Any, max_frames: int | None = None) -> Video:
+    """Decode a video from a path, a URL or the bytes of a file.
+
+    Every frame comes once, in presentation order, at most the first ``max_frames``; of a variable rate,
+    ``fps`` is the average. The file's rotation or mirroring is applied; alpha is dropped, as for images;
+    non-square pixels are not stretched; frames of another size than the first are resized to it. A file
+    that is damaged or cut short gives the frames that decode, and a logged warning. Where no rate is known
+    ASSUMED_FPS is taken, and logged.
+
+    Raises MissingFileError; and InvalidInputError if no frame can be had, if a side exceeds MAX_SIDE or all
+    frames together MAX_DECODED_BYTES.
+    """
+    if max_frames is not None and (not isinstance(max_frames, (int, np.integer)) or max_frames < 1):
+        raise InvalidInputError(f"max_frames is {max_frames!r}: allowed are whole numbers from 1, and None")
+    with _open_container(source) as (container, name):
+        stream = _video_stream(container, name)
+        frames, times = _read_frames(container, stream, name, max_frames)
+        if not frames:
+            raise InvalidInputError(f"the video {name} has no frame that can be decoded")
+        fps = _frame_rate(stream, times, name)
+        return Video(_stack(frames), fps, _metadata(container))
+
+
+def read_metadata(source: Any) -> dict[str, str]:
+    """The metadata of a video file, such as `write_video` stores. Sources and errors as for `read_video`."""
+    with _open_container(source) as (container, _):
+        return _metadata(container)
+
+
+class _Nameless:
+    """The three methods that PyAV needs, and no ``name``, from which ffmpeg would draw conclusions."""
+
+    def __init__(self, file: Any):
+        self.read, self.seek, self.tell = file.read, file.seek, file.tell
+
+
+def _refuse_nested(url: str, flags: int, options: dict[str, str]) -> Any:
+    raise PermissionError("the file refers to another one")
+
+
+@contextmanager
+def _open_container(source: Any) -> Iterator[tuple[Any, str]]:
+    """The open container and the source's name; any failure while it is open is an InvalidInputError."""
+    with open_source(source, "video", MAX_BYTES) as file:
+        name = source_name(source)
+        head = file.read(512)
+        file.seek(0)
+        # Not the argument `options`: with it PyAV 14 crashes on formats whose header names no streams.
+        options = {"format_whitelist": ",".join(_FORMATS), "protocol_whitelist": "none"}
+        try:
+            container = av.open(
+                _Nameless(file),
+                "r",
+                container_options=options,
+                io_open=_refuse_nested,
+                metadata_errors="replace",
+            )
+        except Exception as error:
+            raise InvalidInputError(
+                f"the video {name} cannot be read: it seems to be {describe_content(head)}, damaged or of a "
+                f"kind that is not supported ({_words(error)})"
+            ) from error
+        try:
+            yield container, name
+        except I2VError:
+            raise
+        except Exception as error:  # ffmpeg and PyAV raise many kinds on bytes they did not expect
+            raise InvalidInputError(f"cannot read the video {name}: {_words(error)}") from error
+        finally:
+            container.close()
+
+
+def _words(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _metadata(container: Any) -> dict[str, str]:
+    return {key: value for key, value in container.metadata.items() if key not in _BRANDS}
+
+
+def _video_stream(container: Any, name: str) -> Any:
+    streams = [s for s in container.streams.video if not int(_disposition(s)) & _ATTACHED_PICTURE]
+    if not streams:
+        # Not by each stream's own type: asking an unknown one for it crashes PyAV 14.
+        kinds = [kind for kind in ("audio", "subtitles", "data") if getattr(container.streams, kind)]
+        others = ", ".join(kinds) or "nothing"
+        raise InvalidInputError(f"the video {name} has no video stream (it has: {others})")
+    best = container.streams.best("video")
+    stream = best if best in streams else streams[0]
+    if stream.codec_context is None:
+        raise InvalidInputError(f"the video {name} is of a codec that is not supported")
+    _check_side(stream.codec_context.width, stream.codec_context.height, name)
+    stream.codec_context.options = {"max_pixels": str(MAX_SIDE * MAX_SIDE)}  # for a size that grows later
+    stream.thread_type = "AUTO"
+    return stream
+
+
+def _disposition(stream: Any) -> Any:
+    return getattr(stream, "disposition", None) or 0  # PyAV 14 does not tell
+
+
+def _check_side(width: int, height: int, name: str) -> None:
+    if max(width, height) > MAX_SIDE:
+        raise InvalidInputError(
+            f"the video {name} is too large: {width}x{height}; allowed are {MAX_SIDE:,} pixels a side"
+        )
+
+
+def _read_frames(
+    container: Any, stream: Any, name: str, max_frames: int | None
+) -> tuple[list[np.ndarray], list[Fraction]]:
+    """The frames, and the presentation times, in seconds, of those that have one."""
+    reformatter = VideoReformatter()
+    frames: list[np.ndarray] = []
+    times: list[Fraction] = []
+    size = orientation = None
+    total, resized = 0, False
+    for frame in _decode(container, stream, name):
+        if len(frames) == max_frames:
+            logger.info("the video %s has more frames; the first %d were read", name, max_frames)
+            return frames, times
+        if size is None:
+            size, orientation = (frame.width, frame.height), _orientation(frame)
+            _check_side(*size, name)
+        elif size != (frame.width, frame.height) and not resized:
+            resized = True
+            logger.warning(
+                "the video %s changes its size to %dx%d at frame %d; all are resized to %dx%d",
+                name, frame.width, frame.height, len(frames), *size,
+            )  # fmt: skip
+        total += 3 * size[0] * size[1]
+        if total > MAX_DECODED_BYTES:
+            raise InvalidInputError(
+                f"the video {name} is too long: with frame {len(frames) + 1} its {size[0]}x{size[1]} frames "
+                f"exceed {MAX_DECODED_BYTES:,} bytes; read fewer with max_frames"
+            )
+        frames.append(_orient(_to_rgb(frame, reformatter, size), orientation))
+        time_base = frame.time_base or stream.time_base  # the last frames out of a decoder lack theirs
+        if frame.pts is not None and time_base:
+            times.append(frame.pts * time_base)
+    if 0 < len(frames) < stream.frames:
+        logger.warning("the video %s announces %d frames; %d decoded", name, stream.frames, len(frames))
+    return frames, times
+
+
+def _decode(container: Any, stream: Any, name: str) -> Iterator[Any]:
+    """All frames that decode. What does not is skipped, with one warning in the end."""
+    failures = in_a_row = 0
+    reason = ""
+    packets = container.demux(stream)
+    packet: Any = stream  # anything but None
+    while packet is not None and in_a_row < _MAX_FAILURES:
+        frames = []
+        try:
+            packet = None  # also after a failure to read on: the decoder still holds some frames
+            packet = next(packets, None)
+            if packet is not None and not packet.size:
+                continue  # "the last frame again" in AVI and Theora; PyAV's own sign of the end
+        except av.error.FFmpegError as error:
+            failures, reason = failures + 1, _words(error)
+        try:
+            frames = stream.decode(packet)
+            in_a_row = 0
+        except av.error.EOFError:  # already emptied
+            pass
+        except av.error.FFmpegError as error:
+            failures, in_a_row, reason = failures + 1, in_a_row + 1, _words(error)
+        yield from frames
+    if failures:
+        logger.warning("the video %s is damaged: %d packets did not decode (%s)", name, failures, reason)
+
+
+def _to_rgb(frame: Any, reformatter: VideoReformatter, size: tuple[int, int]) -> np.ndarray:
+    """The frame's stored pixels as uint8 RGB [height, width, 3]."""
+    source = int(frame.colorspace)
+    rgb = reformatter.reformat(
+        frame,
+        width=size[0],
+        height=size[1],
+        format="rgb24",
+        interpolation=Interpolation.BICUBIC,
+        # Said outright because PyAV's defaults changed: before 17 they ignored the frame's own matrix.
+        src_colorspace=source if source in _SHARED_COLORSPACES else Colorspace.ITU601,
+        dst_colorspace=Colorspace.DEFAULT,
+        src_color_range=frame.color_range,
+        dst_color_range=ColorRange.JPEG,
+    )
+    return rgb.to_ndarray()
+
+
+def _orientation(frame: Any) -> tuple[bool, bool, bool]:
+    """Whether to swap the axes, then to mirror left-right, then top-bottom: the frame's display matrix."""
+    side_data = frame.side_data.get("DISPLAYMATRIX")
+    if side_data is None:
+        return False, False, False
+    # x' = a x + c y, y' = b x + d y, in rows of three: (a, b, .), (c, d, .), ...
+    a, b, _, c, d = (int(v) for v in np.frombuffer(bytes(side_data), np.int32, 5))
+    if abs(b) > abs(a):
+        return True, c < 0, b < 0
+    return False, a < 0, d < 0
+
+
+def _orient(pixels: np.ndarray, orientation: tuple[bool, bool, bool]) -> np.ndarray:
+    swap, mirror, flip = orientation
+    if swap:
+        pixels = pixels.transpose(1, 0, 2)
+    return pixels[:: -1 if flip else 1, :: -1 if mirror else 1]
+
+
+def _frame_rate(stream: Any, times: list[Fraction], name: str) -> float:
+    """Frames per second: the file's own average unless the frames' times contradict it."""
+    span = times[-1] - times[0] if times else 0
+    measured = float((len(times) - 1) / span) if span > 0 else 0.0
+    for rate in (stream.average_rate, stream.guessed_rate):
+        # Times are often rounded to milliseconds: the stated rate is the better one if they agree.
+        if _plausible(rate) and (not measured or math.isclose(float(rate), measured, rel_tol=0.05)):
+            return float(rate)
+    if _plausible(measured):
+        return measured
+    logger.info("the video %s does not tell its frame rate; taken as %g", name, ASSUMED_FPS)
+    return ASSUMED_FPS
+
+
+def _plausible(rate: Any) -> bool:
+    return bool(rate) and 0 < rate <= MAX_FPS
+
+
+def _stack(frames: list[np.ndarray]) -> np.ndarray:
+    """One array [F, H, W, 3]; empties the list as it goes, so that nothing is held twice for long."""
+    stacked = np.empty((len(frames), *frames[0].shape), np.uint8)
+    for index in range(len(frames)):
+        stacked[index] = frames[index]
+        frames[index] = None  # type: ignore[call-overload]
+    return stacked

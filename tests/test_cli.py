@@ -1,0 +1,545 @@
+"""The command line: what it makes, what it says, and with which code it ends."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import TINY_SETTINGS
+
+from modelscope_i2v import __version__, cli, demo, small_model
+from modelscope_i2v.cli import main
+from modelscope_i2v.configuration import PRECISION_CHOICES
+from modelscope_i2v.images import open_image
+from modelscope_i2v.video import read_video
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST_SIZE, SECOND_SIZE = (64, 128), (80, 128)  # of TINY_SETTINGS: height, width
+
+
+@pytest.fixture
+def model(small_model) -> list[str]:
+    """The arguments that name stage one's folder."""
+    return ["--model", str(small_model[0])]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """What a command leaves where it should not is found there."""
+    folder = tmp_path / "current"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    monkeypatch.delenv("MODELSCOPE_LOG_LEVEL", raising=False)
+    yield folder
+    assert not list(temporary.iterdir())
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch):
+    """The demo at the smallest sizes: it runs whatever sizes ``SMALL_SETTINGS`` has."""
+    for stage, settings in TINY_SETTINGS.items():
+        monkeypatch.setitem(small_model.SMALL_SETTINGS, stage, settings)
+
+
+def fails(capsys, arguments: list[str], code: int = 2) -> str:
+    """What a failing command says: one line on stderr (after argparse's usage lines), and no traceback."""
+    assert main([str(argument) for argument in arguments]) == code
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert "Traceback" not in captured.err
+    assert lines[-1].startswith("modelscope-i2v")
+    assert ": error: " in lines[-1]
+    assert len(lines) == 1 or lines[0].startswith("usage: "), captured.err
+    return lines[-1]
+
+
+def everything_below(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# --- usage ---
+
+
+@pytest.mark.parametrize("command", [command.name for command in cli.COMMANDS])
+def test_every_command_has_help(command, capsys):
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"modelscope-i2v {command}" in shown
+    assert "--debug" in shown
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(command.name in shown for command in cli.COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"modelscope-i2v {__version__}"
+
+
+def test_help_names_what_is_allowed(capsys):
+    main(["generate", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join(PRECISION_CHOICES[:-1])} or {PRECISION_CHOICES[-1]}" in shown
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    def seconds(code: str) -> tuple[float, str]:
+        start = time.perf_counter()
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return time.perf_counter() - start, done.stderr
+
+    shown = "import sys; from modelscope_i2v.cli import main; code = main(['generate', '--help']); "
+    listed = shown + "print(code, *sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr)"
+    code, *modules = seconds(listed)[1].split()
+    assert code == "0"
+    assert "argparse" in modules
+    assert not {"torch", "modelscope", "numpy", "PIL", "av", "tqdm"} & set(modules)
+    # The best of some, because another process may be using the machine.
+    least = min(seconds("import argparse")[0] for _ in range(3))
+    assert min(seconds(shown)[0] for _ in range(3)) < 2 * least + 0.3
+
+
+def test_running_the_package_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "modelscope_i2v", "--version"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, f"modelscope-i2v {__version__}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "COMMAND"),
+        (["paint"], "'paint'"),
+        (["generate"], "IMAGE"),
+        (["generate", "x.png"], "--output"),
+        (["generate", "x.png", "-o", "y.mp4", "--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["generate", "x.png", "-o", "y.mp4", "--guide-scale", "big"], "--guide-scale: invalid float value"),
+        (["generate", "x.png", "-o", "y.mp4", "--size", "448"], "got '448', allowed is WIDTHxHEIGHT"),
+        (["generate", "x.png", "-o", "y.mp4", "--refine-size", "8x"], "got '8x', allowed is WIDTHxHEIGHT"),
+        (["generate", "x.png", "-o", "y.mp4", "--text", "a cat"], "there is no stage two for --text"),
+        (["generate", "x.png", "-o", "y.mp4", "--keep-first", "z.mp4", "--refine-steps", "3"],
+         "for --refine-steps, --keep-first"),
+        (["generate", "x.png", "-o", "y.mp4", "--refine", "--keep-first", "./y.mp4"], "the same file"),
+        (["demo", "--seed", "1.5"], "--seed: invalid int value: '1.5'"),
+    ],
+)  # fmt: skip
+def test_wrong_usage(arguments, words, capsys, in_an_empty_folder):
+    assert words in fails(capsys, arguments)
+    assert everything_below(in_an_empty_folder) == []
+
+
+# --- generate ---
+
+
+def test_generate_one_stage(model, picture, capsys):
+    assert main(["generate", str(picture), "-o", "new folder/é.mp4", *model, "--seed", "5"]) == 0
+    video = read_video("new folder/é.mp4")
+    assert video.frames.shape == (4, *FIRST_SIZE, 3)
+    assert video.fps == 8
+    assert (video.metadata["seed"], video.metadata["stage"]) == ("5", "image-to-video")
+    captured = capsys.readouterr()
+    assert captured.out.startswith("new folder/é.mp4: 4 frames of 128x64 at 8 fps, seed 5 (")
+    assert captured.err == ""  # no logs, and no bar where there is no terminal
+
+
+def test_generate_passes_every_option_on(model, picture, capsys):
+    options = "--seed 9 --steps 3 --guide-scale 4.5 --frames 3 --size 72x64 --fps 12"
+    options += " --precision fp32 --device cpu --progress"
+    assert main(["generate", str(picture), "-o", "out.mov", *model, *options.split()]) == 0
+    video = read_video("out.mov")
+    assert video.frames.shape == (3, 64, 72, 3)
+    assert video.fps == 12
+    made = {name: video.metadata[name] for name in ("seed", "steps", "guide_scale")}
+    assert made == {"seed": "9", "steps": "3", "guide_scale": "4.5"}
+    assert "image-to-video: 100%" in capsys.readouterr().err
+
+
+def test_generate_two_stages(small_model, model, picture, capsys, monkeypatch):
+    prompts = []
+    from modelscope_i2v.plugin.models import VideoToVideoModel
+
+    encode = VideoToVideoModel.encode_text
+    monkeypatch.setattr(
+        VideoToVideoModel, "encode_text", lambda self, text: prompts.append(text) or encode(self, text)
+    )
+    options = ["--refine", str(small_model[1]), "--text", "a red boat", "--refine-steps", "3", "--fps", "10"]
+    options += ["--refine-size", "136x96", "--keep-first", "first.mp4", "--seed", "7"]
+    assert main(["generate", str(picture), "-o", "final.mp4", *model, *options]) == 0
+    first, final = read_video("first.mp4"), read_video("final.mp4")
+    assert first.frames.shape == (4, *FIRST_SIZE, 3)
+    assert final.frames.shape == (4, 96, 136, 3)
+    assert first.fps == final.fps == 10
+    assert (first.metadata["seed"], first.metadata["steps"]) == ("7", "2")
+    assert (final.metadata["seed"], final.metadata["steps"]) == ("7", "3")
+    assert final.metadata["stage"] == "video-to-video"
+    assert any(prompt.startswith("a red boat") for prompt in prompts)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["first.mp4", "final.mp4"]
+
+
+@pytest.fixture(scope="module")
+def two_stage_folder(small_model, tmp_path_factory) -> Path:
+    """One folder that describes and holds both stages."""
+    folder = tmp_path_factory.mktemp("two_stages")
+    for path in (*small_model[1].iterdir(), *small_model[0].iterdir()):
+        shutil.copy(path, folder)
+    contents, second = (json.loads((path / "configuration.json").read_text()) for path in small_model)
+    contents["video_to_video"] = second["model"]
+    (folder / "configuration.json").write_text(json.dumps(contents))
+    return folder
+
+
+def test_refine_uses_a_folder_that_describes_both_stages(two_stage_folder, picture, in_an_empty_folder):
+    arguments = ["generate", str(picture), "-o", "out.mp4", "--model", str(two_stage_folder), "--refine"]
+    assert main(arguments) == 0
+    assert read_video("out.mp4").frames.shape == (4, *SECOND_SIZE, 3)
+    assert everything_below(in_an_empty_folder) == ["out.mp4"]
+
+
+# --- generate: faults, all found before a model is loaded ---
+
+
+@pytest.fixture
+def nothing_is_loaded(monkeypatch):
+    def load(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("modelscope_i2v.plugin.models.load_weights", load)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps", "0"], "steps: got 0, allowed is a whole number from 1"),
+        (["--seed", "-1"], "seed: got -1, allowed is a whole number from 0"),
+        (["--frames", "0"], "max_frames: got 0"),
+        (["--fps", "0"], "fps: got 0"),
+        (["--guide-scale", "nan"], "guide_scale: got nan"),
+        (["--size", "4x4"], "resolution: got [4, 4]"),
+        (["--precision", "half"], "precision: got 'half', allowed is one of auto, fp32"),
+        (["--device", "tpu"], "--device: got 'tpu', allowed are cpu"),
+        (["--device", "cuda:99"], "--device: got 'cuda:99', but torch finds"),
+        (["--model", "no/such/folder"], "no folder 'no/such/folder'"),
+        (["--model", "nowhere"], "no folder 'nowhere'"),
+        (["--model", "."], "configuration.json: there is no such file"),
+        (["--refine", "./no-folder"], "no folder './no-folder'"),
+        (["--refine", "SECOND", "--refine-steps", "0"], "steps: got 0"),
+        (["--refine", "FIRST"], "describes image-to-video, not video-to-video"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    options, words, small_model, model, picture, capsys, nothing_is_loaded, in_an_empty_folder
+):
+    folders = {"FIRST": small_model[0], "SECOND": small_model[1]}
+    options = [folders.get(option, option) for option in options]
+    assert words in fails(capsys, ["generate", picture, "-o", "out.mp4", *model, *options])
+    assert everything_below(in_an_empty_folder) == []
+
+
+def test_faulty_images(model, capsys, nothing_is_loaded, in_an_empty_folder):
+    Path("text.png").write_text("not an image")
+    for image, words in [
+        ("missing.png", "'missing.png'"),
+        ("text.png", "it seems to be a text"),
+        (".", "is a folder"),
+    ]:
+        assert words in fails(capsys, ["generate", image, "-o", "out.mp4", *model])
+        assert words in fails(capsys, ["demo", image, "--cache", "cache"])
+    assert everything_below(in_an_empty_folder) == ["text.png"]
+
+
+def test_faulty_outputs(model, small_model, picture, capsys, nothing_is_loaded, in_an_empty_folder):
+    Path("file").write_text("mine")
+    Path("folder").mkdir()
+    before = everything_below(in_an_empty_folder)
+    generate = ["generate", picture, *model]
+    assert "file/out.mp4" in fails(capsys, [*generate, "-o", "file/out.mp4"], code=1)
+    assert "it is a folder" in fails(capsys, [*generate, "-o", "folder"], code=1)
+    assert "'.webm'" in fails(capsys, [*generate, "-o", "out.webm"], code=1)
+    refine = ["--refine", small_model[1], "--keep-first", "file/first.mp4"]
+    assert "file/first.mp4" in fails(capsys, [*generate, "-o", "out.mp4", *refine], code=1)
+    assert "file/i2v_output.mp4" in fails(capsys, ["demo", "-o", "file", "--cache", "cache"], code=1)
+    assert everything_below(in_an_empty_folder) == before
+    assert Path("file").read_text() == "mine"
+
+
+def test_a_missing_weights_file_of_stage_two_is_found_before_stage_one_runs(
+    small_model, model, picture, capsys, nothing_is_loaded, in_an_empty_folder
+):
+    shutil.copytree(small_model[1], "second")
+    Path("second/non_ema_0035000.pth").unlink()
+    message = fails(capsys, ["generate", picture, "-o", "out.mp4", *model, "--refine", "second"])
+    assert "non_ema_0035000.pth" in message
+    assert not Path("out.mp4").exists()
+
+
+def test_a_damaged_weights_file(small_model, picture, capsys, in_an_empty_folder):
+    shutil.copytree(small_model[0], "model")
+    unet = Path("model/base_03_alldata_fps_v_80g_0789000.pth")
+    os.truncate(unet, unet.stat().st_size // 2)
+    message = fails(capsys, ["generate", picture, "-o", "out.mp4", "--model", "model"], code=1)
+    assert unet.name in message
+    assert "Pipeline:" not in message
+    assert not Path("out.mp4").exists()
+
+
+def test_debug_shows_where_an_error_comes_from(capsys):
+    assert main(["generate", "missing.png", "-o", "out.mp4", "--debug"]) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" in captured.err
+    assert captured.err.splitlines()[-1].startswith("modelscope-i2v: error: ")
+
+
+def test_models_of_the_hub(picture, capsys, monkeypatch, small_model, nothing_is_loaded):
+    asked = []
+
+    def download(model, revision=None):
+        asked.append((model, revision))
+        if "Image" in model:
+            return str(small_model[0])
+        raise ConnectionError("no\nroute")
+
+    hub = importlib.import_module("modelscope.hub.snapshot_download")
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    message = fails(capsys, ["generate", picture, "-o", "out.mp4", "--refine"])
+    assert asked == [("damo/Image-to-Video", "v1.1.0"), ("damo/Video-to-Video", "v1.1.0")]
+    assert "'damo/Video-to-Video'" in message
+    assert "no route" in message
+    fails(capsys, ["generate", picture, "-o", "out.mp4", "--model", "someone/Video-thing"])
+    assert asked[-1] == ("someone/Video-thing", None)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "modelscope-i2v: interrupted\n"),
+        (MemoryError(), 1, "modelscope-i2v: error: out of memory"),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 1, "(CUDA out of memory.)\n"),
+    ],
+)
+def test_a_run_that_is_broken_off_leaves_nothing(
+    error, code, words, small_model, model, picture, capsys, monkeypatch, in_an_empty_folder
+):
+    def sample(*args):
+        raise error
+
+    # In stage two: stage one's video is in a temporary folder by then, which the fixture checks.
+    monkeypatch.setattr("modelscope_i2v.plugin.models.VideoToVideoModel._sample", sample)
+    assert main(["generate", str(picture), "-o", "out.mp4", *model, "--refine", str(small_model[1])]) == code
+    captured = capsys.readouterr()
+    assert captured.err.endswith(words) or words in captured.err
+    assert "Traceback" not in captured.err
+    assert everything_below(in_an_empty_folder) == []
+
+
+def test_a_bug_is_not_hidden(monkeypatch, picture):
+    monkeypatch.setattr("modelscope_i2v.images.open_image", lambda source: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["generate", str(picture), "-o", "out.mp4"])
+
+
+def test_an_output_that_nobody_reads():
+    code = """if True:
+        import sys
+        from modelscope_i2v import cli
+        say = cli.Command("say", "", lambda parser: None, lambda arguments: cli._say("something"))
+        cli.COMMANDS = (say,)
+        sys.exit(cli.main(["say"]))
+    """
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=writing, stderr=subprocess.PIPE)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+# --- demo ---
+
+
+def test_the_example_picture_ships_and_is_small():
+    assert open_image(demo.EXAMPLE_IMAGE).size == (960, 640)
+    assert demo.EXAMPLE_IMAGE.stat().st_size <= 100_000
+
+
+def test_demo(tiny_demo, capsys, in_an_empty_folder):
+    assert main(["demo", "--cache", "cache", "--seed", "3"]) == 0
+    first, second = read_video("i2v_output.mp4"), read_video("v2v_output.mp4")
+    assert first.frames.shape == (4, *FIRST_SIZE, 3)
+    assert second.frames.shape == (4, *SECOND_SIZE, 3)
+    assert first.metadata["seed"] == second.metadata["seed"] == "3"
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert "Making a small model" in captured.out
+    for words in ("i2v_output.mp4: 4 frames", "v2v_output.mp4: 4 frames", "noise", "random", "5.68 GB"):
+        assert words in captured.out
+    for model in ("damo/Image-to-Video", "damo/Video-to-Video"):
+        assert f"modelscope download --model {model} --revision v1.1.0" in captured.out
+
+    # Again, of a picture of the user's, into a folder: the model is there, and the same.
+    made = {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*")}
+    shutil.copy(demo.EXAMPLE_IMAGE, "my picture.jpg")
+    assert main(["demo", "my picture.jpg", "-o", "new/folder", "--cache", "cache", "--seed", "3"]) == 0
+    assert "Making a small model" not in capsys.readouterr().out
+    assert made == {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*")}
+    for name in ("i2v_output.mp4", "v2v_output.mp4"):
+        assert np.array_equal(read_video(name).frames, read_video(f"new/folder/{name}").frames)
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_the_demo_shares_the_cores(given, monkeypatch, capsys):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    fails(capsys, ["demo", "missing.png"])
+    assert os.environ.get("OMP_WAIT_POLICY") == given  # torch is loaded: too late to say
+    monkeypatch.delitem(sys.modules, "torch")
+    fails(capsys, ["demo", "missing.png"])
+    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
+
+
+@pytest.fixture
+def quick_model(monkeypatch):
+    """In the model's place two small files; the list of where they were made."""
+    made = []
+
+    def make(folder):
+        made.append(folder)
+        for name in (small_model.IMAGE_TO_VIDEO_ID, small_model.VIDEO_TO_VIDEO_ID):
+            (folder / name).mkdir(parents=True)
+            (folder / name / "weights").write_bytes(bytes(1000))
+
+    monkeypatch.setattr(small_model, "make_small_model", make)
+    return made
+
+
+def test_a_damaged_demo_model_is_made_again(quick_model, tmp_path):
+    cache = tmp_path / "cache"
+    announced = []
+    first, second = demo.demo_model(cache, announced.append)
+    assert (first / "weights").is_file() and (second / "weights").is_file()
+    folder = announced[0]
+
+    def remove(path):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    damages = [
+        lambda: remove(first / "weights"),
+        lambda: remove(second),
+        lambda: remove(folder / "complete.json"),
+        lambda: (folder / "complete.json").write_text("[1"),
+        lambda: os.truncate(first / "weights", 999),
+        lambda: (second / "weights").write_bytes(bytes(999) + b"1"),
+        lambda: (remove(folder), folder.write_text("a file")),
+    ]
+    for count, damage in enumerate(damages, start=2):
+        damage()
+        assert demo.demo_model(cache, announced.append) == (first, second)
+        assert len(quick_model) == len(announced) == count
+        assert (first / "weights").read_bytes() == (second / "weights").read_bytes() == bytes(1000)
+        demo.demo_model(cache, announced.append)
+        assert len(quick_model) == count
+        assert list(cache.iterdir()) == [folder]
+
+
+def test_an_interrupted_build_is_not_used(quick_model, tmp_path, monkeypatch):
+    make = small_model.make_small_model
+    cache = tmp_path / "cache"
+
+    def interrupted(folder):
+        make(folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(small_model, "make_small_model", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.demo_model(cache)
+    assert list(cache.iterdir()) == []
+    # One that was killed leaves its folder, for a while.
+    for name, age in (("old", 7200), ("new", 60)):
+        (cache / f".building-{name}" / "new").mkdir(parents=True)
+        os.utime(cache / f".building-{name}", (time.time() - age,) * 2)
+    monkeypatch.setattr(small_model, "make_small_model", make)
+    first, _ = demo.demo_model(cache)
+    assert (first / "weights").is_file()
+    assert sorted(cache.glob(".*")) == [cache / ".building-new"]
+
+
+def test_another_process_may_be_first(quick_model, tmp_path, monkeypatch):
+    make = small_model.make_small_model
+    cache = tmp_path / "cache"
+
+    def overtaken(folder):
+        monkeypatch.setattr(small_model, "make_small_model", make)
+        demo.demo_model(cache)
+        make(folder)
+
+    monkeypatch.setattr(small_model, "make_small_model", overtaken)
+    first, second = demo.demo_model(cache)
+    assert (first / "weights").is_file() and (second / "weights").is_file()
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_new_version_or_another_model_is_made_anew(quick_model, tmp_path, monkeypatch):
+    folders = {demo.demo_model(tmp_path)[0]}
+    monkeypatch.setattr(demo, "__version__", "99")
+    folders.add(demo.demo_model(tmp_path)[0])
+    monkeypatch.setitem(small_model.SMALL_SETTINGS, "image-to-video", TINY_SETTINGS["image-to-video"])
+    folders.add(demo.demo_model(tmp_path)[0])
+    monkeypatch.setattr("pkgutil.get_data", lambda package, name: b"# another source")
+    folders.add(demo.demo_model(tmp_path)[0])
+    assert len(folders) == len(quick_model) == 4
+
+
+def test_a_cache_that_cannot_be_written(capsys, quick_model, in_an_empty_folder):
+    Path("file").write_text("mine")
+    message = fails(capsys, ["demo", "--cache", "file/cache"], code=1)
+    assert "cannot make the demo's model in 'file/cache" in message
+    assert everything_below(in_an_empty_folder) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "variables", "expected"),
+    [
+        ("linux", {"XDG_CACHE_HOME": "/caches"}, "/caches/modelscope_i2v"),
+        ("linux", {"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/modelscope_i2v"),
+        ("linux", {}, "/home/me/.cache/modelscope_i2v"),
+        ("darwin", {"XDG_CACHE_HOME": "/caches"}, "/home/me/Library/Caches/modelscope_i2v"),
+        ("win32", {"LOCALAPPDATA": "/local"}, "/local/modelscope_i2v"),
+    ],
+)
+@pytest.mark.skipif(os.name != "posix", reason="the paths expected are POSIX ones")
+def test_the_cache_is_where_the_platform_keeps_caches(platform, variables, expected, monkeypatch):
+    monkeypatch.setattr("sys.platform", platform)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/me", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert demo.cache_folder() == Path(expected)
+
+
+# --- scripts ---
+
+
+def test_make_small_model_script(capsys, monkeypatch):
+    def make(folder, seed):
+        return f"{folder} first {seed}", f"{folder} second {seed}"
+
+    monkeypatch.setattr(small_model, "make_small_model", make)
+    monkeypatch.setattr("sys.argv", ["make_small_model.py", "here", "--seed", "4"])
+    runpy.run_path(str(ROOT / "scripts" / "make_small_model.py"), run_name="__main__")
+    assert capsys.readouterr().out.splitlines() == ["here first 4", "here second 4"]

@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Iterator
 
 from .errors import OutputError
+from .sources import source_name, url_scheme
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ def local_path(path: Any) -> str:
         raise OutputError(f"cannot write to a {type(path).__name__}: give a path") from error
     if not text:
         raise OutputError("cannot write to the path '': it is empty")
+    if url_scheme(text) is not None:
+        # As a path it would do, and then its credentials and its signature were a folder's name.
+        raise OutputError(f"cannot write to {source_name(text)}: it is a URL: give a path")
     return os.path.expanduser(text)
 
 

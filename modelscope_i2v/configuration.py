@@ -65,6 +65,9 @@ RULES: dict[str, Rule] = {
     "decoder_bs": integer(1, 4096),
     "precision": choice(*PRECISION_CHOICES),
     "attention": choice(*ATTENTION_CHOICES),
+    "limit_pixels": integer(64, 8192 * 8192),
+    "limit_frames": integer(1, 100_000),
+    "limit_steps": integer(1, 1000),
 }
 
 _POSITIVE = integer(1, 65_536)
@@ -121,6 +124,10 @@ class StageSettings:
     decoder_bs: int = 8
     precision: str = "auto"
     attention: str = "auto"
+    # What a call may ask for at most, so that a slip of a digit is an error and not a full memory.
+    limit_pixels: int = 4096 * 2304
+    limit_frames: int = 1024
+    limit_steps: int = 1000
     unet: UNetConfig = field(default_factory=UNetConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
@@ -186,11 +193,15 @@ def read_configuration(folder: str | Path) -> dict[str, Any]:
         ConfigurationError: if it is not JSON, or not an object.
     """
     path = Path(folder) / FILE_NAME
-    if not path.is_file():
-        what = "there is no such file" if Path(folder).is_dir() else "there is no such folder"
-        raise MissingFileError(f"{path}: {what}; a model folder holds a {FILE_NAME} beside its weights")
     try:
         contents = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        what = "there is no such file" if Path(folder).is_dir() else "there is no such folder"
+        raise MissingFileError(
+            f"{path}: {what}; a model folder holds a {FILE_NAME} beside its weights"
+        ) from error
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror or error}") from error
     except json.JSONDecodeError as error:
         raise ConfigurationError(
             f"{path}: line {error.lineno}, column {error.colno}: {error.msg} "
@@ -198,6 +209,8 @@ def read_configuration(folder: str | Path) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigurationError(f"{path}: is not UTF-8 text: {error}") from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
+        raise ConfigurationError(f"{path}: is no configuration: {error}") from error
     if not isinstance(contents, dict):
         raise ConfigurationError(f"{path}: an object is needed, got {type(contents).__name__}")
     return contents
@@ -205,7 +218,7 @@ def read_configuration(folder: str | Path) -> dict[str, Any]:
 
 def stages_in(contents: Mapping[str, Any]) -> list[str]:
     """The stages that a ``configuration.json`` describes."""
-    stages = [contents["task"]] if contents.get("task") in SETTINGS_OF_STAGE else []
+    stages = [stage for stage in SETTINGS_OF_STAGE if stage == contents.get("task")]
     if SECOND_STAGE_SECTION in contents:
         stages.append(VideoToVideoSettings.stage)
     return list(dict.fromkeys(stages))
@@ -313,8 +326,11 @@ def _section(name: str, value: Any, rules: dict[str, Rule], path: Path) -> dict[
 
 
 def _autoencoder_section(value: Any, path: Path) -> dict[str, Any]:
-    if isinstance(value, dict) and isinstance(value.get("ddconfig", {}), dict):
-        value = {**value.get("ddconfig", {}), **{k: v for k, v in value.items() if k != "ddconfig"}}
+    if isinstance(value, dict):
+        try:
+            value = {**_object(value, "ddconfig"), **{k: v for k, v in value.items() if k != "ddconfig"}}
+        except ConfigurationError as error:
+            raise ConfigurationError(f"auto_encoder: {error}") from error
         if value.pop("attn_resolutions", []):
             raise ConfigurationError("auto_encoder: attn_resolutions: only [] is supported")
     return _section("auto_encoder", value, _AUTOENCODER_RULES, path)

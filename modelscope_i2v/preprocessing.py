@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 CROP_SIZE = 448  # side of the square that stage one sees of its image, before CLIP's size
+_MAX_RESIZED_PIXELS = 50_000_000
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -17,8 +18,13 @@ def center_crop(image: Image.Image, side: int = CROP_SIZE) -> Image.Image:
     scale = min(image.width, image.height) / side
     # Rounding can bring the shorter side just below the crop's, which would then have a black row.
     width, height = (max(int(length // scale), side) for length in image.size)
-    image = image.resize((width, height), resample=Image.Resampling.BOX)
     left, top = (width - side) // 2, (height - side) // 2
+    if width * height > _MAX_RESIZED_PIXELS:
+        # A long strip: of its rows and columns, only those of the crop are resized.
+        across, down = image.width / width, image.height / height
+        box = (left * across, top * down, (left + side) * across, (top + side) * down)
+        return image.resize((side, side), resample=Image.Resampling.BOX, box=box)
+    image = image.resize((width, height), resample=Image.Resampling.BOX)
     return image.crop((left, top, left + side, top + side))
 
 

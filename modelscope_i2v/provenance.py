@@ -32,19 +32,26 @@ _RECORDED_BY_STAGE = {
 }  # fmt: skip
 
 
-def record(request: Request, model_dir: str | Path, precision: str) -> dict[str, Any]:
+def configuration_sha256(model_dir: str | Path) -> str:
+    """Of a model folder's ``configuration.json``, as hexadecimal digits."""
+    return hashlib.sha256((Path(model_dir) / FILE_NAME).read_bytes()).hexdigest()
+
+
+def record(request: Request, model_dir: str | Path, configuration: str, precision: str) -> dict[str, Any]:
     """What a video's file says of how it was made, by name: enough to make it again.
 
     Besides the request's keywords: ``stage``, ``model`` (the folder's name), ``configuration_sha256`` of
-    its file, ``precision``, ``mode`` (``exact``: nothing was approximated) and ``software``.
+    its file, given as ``configuration``, ``precision``, ``mode`` (``exact``: nothing was approximated) and
+    ``software``.
     """
-    folder = Path(model_dir).resolve()
+    # A name that is not UTF-8 could not be written into the file.
+    folder = Path(model_dir).resolve().name.encode("utf-8", "replace").decode("utf-8")
     fields = {**_RECORDED, **_RECORDED_BY_STAGE[request.stage]}
     return {
         "stage": request.stage,
         **{keyword: getattr(request, name) for name, keyword in fields.items()},
-        "model": folder.name,
-        "configuration_sha256": hashlib.sha256((folder / FILE_NAME).read_bytes()).hexdigest(),
+        "model": folder,
+        "configuration_sha256": configuration,
         "precision": precision,
         "mode": "exact",
         "software": f"modelscope_i2v {__version__}",
@@ -64,7 +71,7 @@ def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     for name, value in metadata.items():
         try:
             parsed = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):  # nested thousands of brackets deep
             parsed = value
         # A text that looks like JSON, say a prompt "3", is a text all the same.
         entries[name] = value if name in _TEXTS else parsed

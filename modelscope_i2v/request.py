@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .configuration import RULES, StageSettings, VideoToVideoSettings
 from .errors import InvalidInputError
+from .memory_estimate import memory_in_words
 from .rules import Rule, boolean, did_you_mean, function, integer, optional, text
 
 #: Called after each step with (step, timestep or noise level, latents [B, 4, F, h, w]).
@@ -71,10 +72,8 @@ def check_keywords(stage: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
     checked = {}
     for name, value in keywords.items():
         if name not in known:
-            raise InvalidInputError(
-                f"{stage} has no keyword {name!r}{did_you_mean(name, known)} "
-                f"(it takes output_video, batch_size, {', '.join(known)})"
-            )
+            known = ["output_video", "batch_size", *known]
+            raise InvalidInputError(f"{stage} has no keyword {name!r}{did_you_mean(name, known)}")
         value = KEYWORD_RULES[name].check(name, value, InvalidInputError)
         if value is not None:
             checked["target_fps" if name == "fps" else name] = value
@@ -106,7 +105,11 @@ class Request:
 
     @classmethod
     def resolve(cls, settings: StageSettings, keywords: Mapping[str, Any] | None = None) -> Request:
-        """The request that ``keywords`` (checked by ``check_keywords``) make of a model's settings."""
+        """The request that ``keywords`` (checked by ``check_keywords``) make of a model's settings.
+
+        Raises:
+            InvalidInputError: if it goes beyond the settings' limits, or its windows cannot be laid out.
+        """
         keywords = dict(keywords or {})
         generator = keywords.pop("generator", None)
         if generator is not None and "seed" not in keywords:
@@ -125,7 +128,7 @@ class Request:
             raise InvalidInputError(
                 f"overlap_size: got {overlap}, allowed is less than the {window} frames of a chunk"
             )
-        return cls(
+        request = cls(
             stage=settings.stage,
             seed=secrets.randbelow(2**32) if seed is None else seed,
             steps=steps,
@@ -145,6 +148,38 @@ class Request:
             callback=keywords.get("callback"),
             progress=keywords.get("progress"),
         )
+        request.check_limits(settings)
+        return request
+
+    def check_limits(self, settings: StageSettings, frames: int | None = None) -> None:
+        """Refuse what goes beyond ``limit_pixels``, ``limit_frames`` or ``limit_steps``.
+
+        Args:
+            settings: the model's.
+            frames: of the video that stage two is given. Its ``max_frames`` is no number of frames to
+                generate, so without this it is left out.
+
+        Raises:
+            InvalidInputError: with what was asked for, the limit, how to raise it, and the memory needed.
+        """
+        frames_words = f"video: has {frames or 0:,} frames or more"
+        if self.stage != VideoToVideoSettings.stage:
+            frames, frames_words = self.frames, f"max_frames: got {self.frames:,}"
+        width, height = self.size
+        for limit, got, words in (
+            ("limit_pixels", width * height, f"resolution: got {width}x{height}, {width * height:,} pixels"),
+            ("limit_frames", frames or 0, frames_words),
+            ("limit_steps", self.steps, f"steps: got {self.steps:,}"),
+        ):
+            allowed = getattr(settings, limit)
+            if got > allowed:
+                needed = memory_in_words(
+                    settings, self.size, frames or min(self.window, settings.limit_frames), self.window
+                )
+                raise InvalidInputError(
+                    f"{words}; {limit} allows {allowed:,}. {needed}. If that is meant, raise {limit}: in "
+                    f"configuration.json, as a keyword of pipeline(), or as pipe.model.cfg.{limit}"
+                )
 
     @property
     def prompt(self) -> str:

@@ -22,10 +22,11 @@ class Rule:
         """The converted value, or an ``error_type`` that names it, and says what is allowed."""
         try:
             return self.convert(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError) as error:
             shown = repr(value)
             shown = shown if len(shown) <= 100 else shown[:97] + "..."
-            raise error_type(f"{name}: got {shown}, allowed is {self.allowed}") from None
+            reason = f" ({error})" if str(error) else ""
+            raise error_type(f"{name}: got {shown}, allowed is {self.allowed}{reason}") from None
 
 
 def _require(condition: bool) -> None:
@@ -62,6 +63,9 @@ def choice(*names: str) -> Rule:
 def text(non_empty: bool = False) -> Rule:
     def convert(value: Any) -> str:
         _require(isinstance(value, str) and (bool(value.strip()) or not non_empty))
+        # No file could be named so, and no video's metadata hold it: said now, not after minutes of work.
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise ValueError("without null characters and halves of surrogate pairs")
         return value
 
     return Rule("a text that is not empty" if non_empty else "a text", convert)
@@ -111,11 +115,14 @@ def size(low: int, high: int) -> Rule:
 
 
 def optional(rule: Rule) -> Rule:
+    if rule.allowed.endswith(", or none"):
+        return rule
     return Rule(f"{rule.allowed}, or none", lambda value: None if value is None else rule.convert(value))
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """A hint at the known name nearest to an unknown one, else all of them."""
+    """A hint at the known name nearest to an unknown one, and all of them."""
     known = sorted(known)
     near = difflib.get_close_matches(str(name), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+    names = ", ".join(known)
+    return f"; did you mean {near[0]!r}? Known are {names}" if near else f"; known are {names}"

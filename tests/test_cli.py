@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from conftest import TINY_SETTINGS
 
-from modelscope_i2v import __version__, cli, demo, small_model
+from modelscope_i2v import __version__, cli, demo_model, small_model
 from modelscope_i2v.cli import main
 from modelscope_i2v.configuration import PRECISION_CHOICES
 from modelscope_i2v.images import open_image
-from modelscope_i2v.video import read_video
+from modelscope_i2v.video import read_video, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SIZE, SECOND_SIZE = (64, 128), (80, 128)  # of TINY_SETTINGS: height, width
@@ -356,7 +356,7 @@ def test_an_output_that_nobody_reads():
     code = """if True:
         import sys
         from modelscope_i2v import cli
-        say = cli.Command("say", "", lambda parser: None, lambda arguments: cli._say("something"))
+        say = command.Command("say", "", lambda parser: None, lambda arguments: command.say("something"))
         cli.COMMANDS = (say,)
         sys.exit(cli.main(["say"]))
     """
@@ -373,8 +373,8 @@ def test_an_output_that_nobody_reads():
 
 
 def test_the_example_picture_ships_and_is_small():
-    assert open_image(demo.EXAMPLE_IMAGE).size == (960, 640)
-    assert demo.EXAMPLE_IMAGE.stat().st_size <= 100_000
+    assert open_image(demo_model.EXAMPLE_IMAGE).size == (960, 640)
+    assert demo_model.EXAMPLE_IMAGE.stat().st_size <= 100_000
 
 
 def test_demo(tiny_demo, capsys, in_an_empty_folder):
@@ -393,7 +393,7 @@ def test_demo(tiny_demo, capsys, in_an_empty_folder):
 
     # Again, of a picture of the user's, into a folder: the model is there, and the same.
     made = {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*")}
-    shutil.copy(demo.EXAMPLE_IMAGE, "my picture.jpg")
+    shutil.copy(demo_model.EXAMPLE_IMAGE, "my picture.jpg")
     assert main(["demo", "my picture.jpg", "-o", "new/folder", "--cache", "cache", "--seed", "3"]) == 0
     assert "Making a small model" not in capsys.readouterr().out
     assert made == {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*")}
@@ -431,7 +431,7 @@ def quick_model(monkeypatch):
 def test_a_damaged_demo_model_is_made_again(quick_model, tmp_path):
     cache = tmp_path / "cache"
     announced = []
-    first, second = demo.demo_model(cache, announced.append)
+    first, second = demo_model.demo_model(cache, announced.append)
     assert (first / "weights").is_file() and (second / "weights").is_file()
     folder = announced[0]
 
@@ -449,10 +449,10 @@ def test_a_damaged_demo_model_is_made_again(quick_model, tmp_path):
     ]
     for count, damage in enumerate(damages, start=2):
         damage()
-        assert demo.demo_model(cache, announced.append) == (first, second)
+        assert demo_model.demo_model(cache, announced.append) == (first, second)
         assert len(quick_model) == len(announced) == count
         assert (first / "weights").read_bytes() == (second / "weights").read_bytes() == bytes(1000)
-        demo.demo_model(cache, announced.append)
+        demo_model.demo_model(cache, announced.append)
         assert len(quick_model) == count
         assert list(cache.iterdir()) == [folder]
 
@@ -467,14 +467,14 @@ def test_an_interrupted_build_is_not_used(quick_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(small_model, "make_small_model", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        demo.demo_model(cache)
+        demo_model.demo_model(cache)
     assert list(cache.iterdir()) == []
     # One that was killed leaves its folder, for a while.
     for name, age in (("old", 7200), ("new", 60)):
         (cache / f".building-{name}" / "new").mkdir(parents=True)
         os.utime(cache / f".building-{name}", (time.time() - age,) * 2)
     monkeypatch.setattr(small_model, "make_small_model", make)
-    first, _ = demo.demo_model(cache)
+    first, _ = demo_model.demo_model(cache)
     assert (first / "weights").is_file()
     assert sorted(cache.glob(".*")) == [cache / ".building-new"]
 
@@ -485,23 +485,23 @@ def test_another_process_may_be_first(quick_model, tmp_path, monkeypatch):
 
     def overtaken(folder):
         monkeypatch.setattr(small_model, "make_small_model", make)
-        demo.demo_model(cache)
+        demo_model.demo_model(cache)
         make(folder)
 
     monkeypatch.setattr(small_model, "make_small_model", overtaken)
-    first, second = demo.demo_model(cache)
+    first, second = demo_model.demo_model(cache)
     assert (first / "weights").is_file() and (second / "weights").is_file()
     assert len(list(cache.iterdir())) == 1
 
 
 def test_a_new_version_or_another_model_is_made_anew(quick_model, tmp_path, monkeypatch):
-    folders = {demo.demo_model(tmp_path)[0]}
-    monkeypatch.setattr(demo, "__version__", "99")
-    folders.add(demo.demo_model(tmp_path)[0])
+    folders = {demo_model.demo_model(tmp_path)[0]}
+    monkeypatch.setattr(demo_model, "__version__", "99")
+    folders.add(demo_model.demo_model(tmp_path)[0])
     monkeypatch.setitem(small_model.SMALL_SETTINGS, "image-to-video", TINY_SETTINGS["image-to-video"])
-    folders.add(demo.demo_model(tmp_path)[0])
+    folders.add(demo_model.demo_model(tmp_path)[0])
     monkeypatch.setattr("pkgutil.get_data", lambda package, name: b"# another source")
-    folders.add(demo.demo_model(tmp_path)[0])
+    folders.add(demo_model.demo_model(tmp_path)[0])
     assert len(folders) == len(quick_model) == 4
 
 
@@ -529,7 +529,7 @@ def test_the_cache_is_where_the_platform_keeps_caches(platform, variables, expec
         monkeypatch.delenv(name, raising=False)
     for name, value in {"HOME": "/home/me", **variables}.items():
         monkeypatch.setenv(name, value)
-    assert demo.cache_folder() == Path(expected)
+    assert demo_model.cache_folder() == Path(expected)
 
 
 # --- scripts ---
@@ -543,3 +543,71 @@ def test_make_small_model_script(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["make_small_model.py", "here", "--seed", "4"])
     runpy.run_path(str(ROOT / "scripts" / "make_small_model.py"), run_name="__main__")
     assert capsys.readouterr().out.splitlines() == ["here first 4", "here second 4"]
+
+
+def test_a_video_like_another(model, small_model, picture, capsys, in_an_empty_folder):
+    refine = ["--refine", str(small_model[1])]
+    options = ["--seed", "5", "--steps", "3", "--text", "a boat", "--refine-steps", "1"]
+    assert main(["generate", str(picture), "-o", "one.mp4", *model, *refine, *options]) == 0
+    assert main(["generate", str(picture), "-o", "two.mp4", *model, *refine, "--like", "one.mp4"]) == 0
+    assert Path("one.mp4").read_bytes() == Path("two.mp4").read_bytes()
+    assert main(["generate", str(picture), "-o", "three.mp4", *model, "--like", "one.mp4", *refine,
+                 "--refine-steps", "2"]) == 0  # what is spelled out goes first  # fmt: skip
+    assert read_video("three.mp4").metadata["steps"] == "2"
+    assert read_video("three.mp4").metadata["text"] == "a boat"
+
+
+def test_info_says_how_a_video_was_made(model, small_model, picture, capsys, in_an_empty_folder):
+    refine = ["--refine", str(small_model[1]), "--refine-steps", "1"]
+    main(["generate", str(picture), "-o", "video.mp4", *model, *refine, "--seed", "5", "--text", "a boat"])
+    capsys.readouterr()
+    assert main(["info", "video.mp4"]) == 0
+    second, first = capsys.readouterr().out.split("\nof a video that was made so:\n")
+    lines = ("seed: 5", "stage: video-to-video", "text: a boat", "resolution: 128x80", "mode: exact")
+    assert all(f"{line}\n" in second for line in lines)
+    assert "model: Image-to-Video\n" in first and "resolution: 128x64\n" in first
+    write_video(np.zeros((1, 16, 16, 3), np.uint8), "other.mp4")
+    assert "says nothing of how it was made" in fails(capsys, ["info", "other.mp4"])
+    assert "no-such.mp4" in fails(capsys, ["info", "no-such.mp4"])
+
+
+def test_preview_writes_a_video_for_each_seed(model, picture, capsys, in_an_empty_folder):
+    assert main(["preview", str(picture), "-o", "previews", "--seeds", "1,2", "--steps", "1", *model]) == 0
+    assert sorted(os.listdir("previews")) == ["contact_sheet.png", "seed_1.mp4", "seed_2.mp4"]
+    assert "2 videos" in capsys.readouterr().out
+    assert "--seeds" in fails(capsys, ["preview", str(picture), "-o", "x", "--seeds", "1,b", *model])
+    assert "seed: got -1" in fails(capsys, ["preview", str(picture), "-o", "x", "--seeds=-1", *model])
+
+
+def test_doctor_finds_nothing_wrong_with_a_complete_model(small_model, capsys, in_an_empty_folder):
+    main(["doctor", str(small_model[1])])
+    shown = capsys.readouterr().out
+    for words in (
+        "torch",
+        "cpu",
+        "fp32",
+        "sdpa_attention",
+        "non_ema_0035000.pth",
+        "weights of the generator",
+    ):
+        assert words in shown
+    assert "-> download" not in shown
+    assert "behind ModelScope's image-to-video and video-to-video tasks" in shown
+
+
+def test_doctor_says_what_is_wrong_with_a_model(small_model, capsys, in_an_empty_folder):
+    shutil.copytree(small_model[1], "model")
+    unet = Path("model", "non_ema_0035000.pth")
+    data = unet.read_bytes()
+    unet.unlink()
+    unet.write_bytes(data[: len(data) // 2])
+    assert main(["doctor", "model"]) == 1
+    shown = capsys.readouterr()
+    assert "! video-to-video: non_ema_0035000.pth" in shown.out
+    assert "-> download it again" in shown.out
+    assert "found" in shown.err
+    unet.unlink()
+    main(["doctor", "model"])
+    assert "no weights file 'non_ema_0035000.pth'" in capsys.readouterr().out
+    main(["doctor", "no-folder"])
+    assert "no such folder" in capsys.readouterr().out

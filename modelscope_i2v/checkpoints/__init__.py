@@ -1,5 +1,5 @@
 """Weights files: finding them, reading them without running what they say, and loading networks from them."""
 
-from .loading import Checkpoint, find_checkpoint, load_weights, open_checkpoint
+from .loading import Checkpoint, check_weights, find_checkpoint, load_weights, open_checkpoint
 
-__all__ = ["Checkpoint", "find_checkpoint", "load_weights", "open_checkpoint"]
+__all__ = ["Checkpoint", "check_weights", "find_checkpoint", "load_weights", "open_checkpoint"]

@@ -190,21 +190,40 @@ def load_weights(
         MissingFileError: there is no such file.
         CheckpointError: the file cannot be read safely, or its tensors are not the network's.
     """
+    with open_checkpoint(path, prefix) as checkpoint:
+        expected = _checked(module, checkpoint, prefix, ignore)
+        for key in expected:
+            _assign(module, key, checkpoint.read(key, device, dtype))
+    _move_other_buffers(module, expected, device, dtype)
+
+
+def check_weights(
+    module: nn.Module,
+    path: str | os.PathLike,
+    prefix: str = "",
+    *,
+    ignore: Iterable[str] | Callable[[str], bool] = (),
+) -> None:
+    """Raise what :func:`load_weights` would raise before it reads any data; load nothing."""
+    with open_checkpoint(path, prefix) as checkpoint:
+        _checked(module, checkpoint, prefix, ignore)
+
+
+def _checked(
+    module: nn.Module, checkpoint: Checkpoint, prefix: str, ignore: Iterable[str] | Callable[[str], bool]
+) -> Iterable[str]:
+    """The keys that a network is to be given, if the checkpoint has just those."""
     # On the meta device, lest what the network had be kept until the last of it is replaced.
     state = module.state_dict()
     expected = {key: value.to("meta") for key, value in state.items() if isinstance(value, torch.Tensor)}
-    del state
-    with open_checkpoint(path, prefix) as checkpoint:
-        problems = _compare(expected, checkpoint, _as_predicate(ignore))
-        if problems:
-            under = f", under {prefix!r}," if prefix else ""
-            network = type(module).__name__
-            raise CheckpointError(
-                f"The weights file '{path}'{under} does not fit the network {network}: {'; '.join(problems)}."
-            )
-        for key in expected:
-            _assign(module, key, checkpoint.read(key, device, dtype))
-    _move_other_buffers(module, expected.keys(), device, dtype)
+    problems = _compare(expected, checkpoint, _as_predicate(ignore))
+    if problems:
+        under = f", under {prefix!r}," if prefix else ""
+        raise CheckpointError(
+            f"The weights file '{checkpoint.path}'{under} does not fit the network {type(module).__name__}: "
+            f"{'; '.join(problems)}."
+        )
+    return expected.keys()
 
 
 def _as_predicate(ignore: Iterable[str] | Callable[[str], bool]) -> Callable[[str], bool]:

@@ -206,11 +206,11 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """The posterior of images [N, 3, H, W] in [-1, 1], H and W multiples of 8."""
-        multiple = self.config.downscale
-        if x.ndim != 4 or x.shape[2] % multiple or x.shape[3] % multiple:
+        multiple, channels = self.config.downscale, self.config.in_channels
+        if x.ndim != 4 or x.shape[1] != channels or x.shape[2] % multiple or x.shape[3] % multiple:
             raise InvalidInputError(
-                f"autoencoder: images must be [N, {self.config.in_channels}, H, W] with H and W "
-                f"multiples of {multiple}, got {list(x.shape)}"
+                f"autoencoder: images must be [N, {channels}, H, W] with H and W multiples of {multiple}, "
+                f"got {list(x.shape)}"
             )
         moments = self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
         mean, logvar = moments.chunk(2, dim=1)

@@ -34,7 +34,9 @@ class ClipConfig:
 
     def _checked_architecture(self) -> dict[str, Any]:
         if self.model_cfg is None:
-            architecture = open_clip.get_model_config(self.arch)
+            # open_clip would also take names that send it to the network, or to other folders.
+            is_listed = self.arch.replace("/", "-") in open_clip.list_models()
+            architecture = open_clip.get_model_config(self.arch) if is_listed else None
             if architecture is None:
                 raise ConfigurationError(
                     f"embedder: arch: open_clip {open_clip.__version__} has no architecture {self.arch!r}; "
@@ -43,7 +45,11 @@ class ClipConfig:
         else:
             architecture = self.model_cfg
         needed = {"embed_dim", "vision_cfg", "text_cfg"}
-        if not isinstance(architecture, dict) or not needed <= architecture.keys():
+        if (
+            not isinstance(architecture, dict)
+            or not needed <= architecture.keys()
+            or not all(isinstance(architecture[name], dict) for name in ("vision_cfg", "text_cfg"))
+        ):
             raise ConfigurationError(
                 f"embedder: model_cfg: an object with {', '.join(sorted(needed))} is needed, "
                 f"got {str(architecture)[:100]}"

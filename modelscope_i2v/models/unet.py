@@ -1,8 +1,8 @@
 """The spatio-temporal UNet of I2VGen-XL, one network for both stages (https://arxiv.org/abs/2311.04145).
 
-Inside, a video is (b f) c h w: spatial layers see a batch of frames, temporal layers unfold f. Every
-layer is called as ``layer(x, conditioning)`` and takes from the conditioning what it needs. Module names
-are the published checkpoints' parameter names, spelling included.
+Inside, a video is (b f) c h w in channels-last memory: spatial layers see a batch of frames, temporal layers
+unfold f, and both are views. Every layer is called as ``layer(x, conditioning)`` and takes from the
+conditioning what it needs. Module names are the published checkpoints' parameter names, spelling included.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InvalidInputError
 from .attention import AttentionFunction, sdpa_attention
-
-GROUPS = 32  # of every GroupNorm
+from .layers import GROUPS, GroupNormSiLU, TemporalConv
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class UNetConfig:
                 raise ConfigurationError(
                     f"UNet: dim x dim_mult[{level}] is {width}, and must be a multiple of {GROUPS}"
                 )
-            if 0.5**level in self.attn_scales and width % self.head_dim:
+            attends = 0.5**level in self.attn_scales or level == len(self.dim_mult) - 1  # as the middle does
+            if attends and width % self.head_dim:
                 raise ConfigurationError(
                     f"UNet: dim x dim_mult[{level}] is {width}, and must be a multiple of "
                     f"head_dim {self.head_dim}"
@@ -133,13 +133,12 @@ class TemporalConvolution(nn.Module):
 
     @staticmethod
     def _layers(width: int, *gap: nn.Module) -> nn.Sequential:
-        conv = nn.Conv3d(width, width, (3, 1, 1), padding=(1, 0, 0))
-        return nn.Sequential(nn.GroupNorm(GROUPS, width), nn.SiLU(), *gap, conv)
+        return nn.Sequential(GroupNormSiLU(width), nn.Identity(), *gap, TemporalConv(width))
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        video = rearrange(x, "(b f) c h w -> b c f h w", f=frames)
+        video = rearrange(x, "(b f) c h w -> b c f (h w)", f=frames)
         residual = self.conv4(self.conv3(self.conv2(self.conv1(video))))
-        return x + rearrange(residual, "b c f h w -> (b f) c h w")
+        return x + rearrange(residual, "b c f (h w) -> (b f) c h w", h=x.shape[2])
 
 
 class ResidualBlock(nn.Module):
@@ -148,12 +147,12 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_width: int, embedding_dim: int, out_width: int):
         super().__init__()
         self.in_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, in_width), nn.SiLU(), nn.Conv2d(in_width, out_width, 3, padding=1)
+            GroupNormSiLU(in_width), nn.Identity(), nn.Conv2d(in_width, out_width, 3, padding=1)
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, out_width))
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, out_width),
-            nn.SiLU(),
+            GroupNormSiLU(out_width),
+            nn.Identity(),
             nn.Identity(),  # a dropout's place
             nn.Conv2d(out_width, out_width, 3, padding=1),
         )
@@ -269,8 +268,8 @@ class TemporalTransformer(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         frames, height = conditioning.frames, x.shape[2]
-        video = self.norm(rearrange(x, "(b f) c h w -> b c f h w", f=frames))
-        tokens = rearrange(video, "b c f h w -> (b h w) f c")
+        video = self.norm(rearrange(x, "(b f) c h w -> b c f (h w)", f=frames))
+        tokens = rearrange(video, "b c f p -> (b p) f c")
         # A convolution of width 1 is a linear map: applied as one, it needs no transposed copies.
         tokens = F.linear(tokens, self.proj_in.weight.squeeze(-1), self.proj_in.bias)
         for block in self.transformer_blocks:
@@ -332,7 +331,7 @@ class UNet(nn.Module):
                 self.output_blocks[-1].append(Upsample(width, config.row_padding))
 
         self.out = nn.Sequential(
-            nn.GroupNorm(GROUPS, width), nn.SiLU(), nn.Conv2d(width, config.out_dim, 3, padding=1)
+            GroupNormSiLU(width), nn.Identity(), nn.Conv2d(width, config.out_dim, 3, padding=1)
         )
 
     def _transformers(self, width: int, attend: AttentionFunction) -> list[nn.Module]:
@@ -373,12 +372,13 @@ class UNet(nn.Module):
         Raises:
             InvalidInputError: if a shape does not fit.
         """
-        self._check(x, t, y)
+        self._check(x, t, y, fps)
         frames, height, width = x.shape[2:]
         padded_height, padded_width = self.config.padded_size(height, width)
         conditioning = self._condition(t, y, fps, frames)
         x = rearrange(x.to(self.out[2].weight.dtype), "b c f h w -> (b f) c h w")
         x = F.pad(x, (0, padded_width - width, 0, padded_height - height), mode="replicate")
+        x = x.contiguous(memory_format=torch.channels_last)
 
         skips = []
         for block in self.input_blocks:
@@ -403,12 +403,13 @@ class UNet(nn.Module):
             context = rearrange(context, "b 1 (n c) -> b n c", n=config.num_tokens)
         return Conditioning(embedding, context, frames)
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor) -> None:
+    def _check(self, x: Tensor, t: Tensor, y: Tensor, fps: Tensor | None) -> None:
         config = self.config
         if x.ndim != 5 or x.shape[1] != config.in_dim:
             raise InvalidInputError(f"UNet: x must be [B, {config.in_dim}, F, h, w], got {list(x.shape)}")
-        if t.shape != x.shape[:1]:
-            raise InvalidInputError(f"UNet: t must be [{x.shape[0]}], as x has, got {list(t.shape)}")
+        for name, value in (("t", t), ("fps", fps)):
+            if value is not None and value.shape != x.shape[:1]:
+                raise InvalidInputError(f"UNet: {name} must be [{x.shape[0]}], got {list(value.shape)}")
         tokens = "1" if config.image_conditioned else "N"
         fits = y.ndim == 3 and y.shape[0] == x.shape[0] and y.shape[2] == config.y_dim
         if not fits or (config.image_conditioned and y.shape[1] != 1):

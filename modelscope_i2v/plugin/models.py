@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, ClassVar, Mapping
+from typing import Any, ClassVar, Mapping
 
 import torch
 from modelscope.models.base import TorchModel
@@ -11,18 +11,17 @@ from modelscope.utils.device import create_device
 from modelscope.utils.logger import get_logger
 from torch import Tensor, nn
 
-from ..checkpoints import find_checkpoint, load_weights
+from ..checkpoints import load_weights
 from ..configuration import SETTINGS_OF_STAGE, StageSettings, load_settings
 from ..errors import InvalidInputError
 from ..latents import decode_video, draw_noise, encode_video, latent_size
 from ..models.attention import select_attention
-from ..models.autoencoder import Autoencoder
-from ..models.clip import ClipImageEncoder, ClipTextEncoder
-from ..models.unet import UNet
+from ..models.layers import channels_last
 from ..precision import select_dtype
 from ..preprocessing import ClipImageTransform, VideoTransform
 from ..progress import PhaseClock, stepping
-from ..request import Request
+from ..provenance import configuration_sha256
+from ..request import Request, StepCallback
 from ..samplers.ddim import DDIMSchedule, sample_ddim
 from ..samplers.sdedit import (
     BrownianNoise,
@@ -34,6 +33,7 @@ from ..samplers.sdedit import (
     sample_heun,
 )
 from ..samplers.velocity import Velocity, guided, windowed
+from ..stage_parts import stage_parts
 from .registration import (
     IMAGE_TO_VIDEO,
     IMAGE_TO_VIDEO_MODEL,
@@ -59,7 +59,6 @@ class StageModel(TorchModel):
     """
 
     stage: ClassVar[str]
-    clip_tower: ClassVar[type[ClipImageEncoder] | type[ClipTextEncoder]]
 
     def __init__(self, model_dir: str, *args: Any, **kwargs: Any):
         """Load a stage.
@@ -72,23 +71,23 @@ class StageModel(TorchModel):
         names = SETTINGS_OF_STAGE[self.stage].names()
         overrides = {name: kwargs[name] for name in names if name in kwargs}
         self.cfg: StageSettings = load_settings(model_dir, self.stage, overrides)
+        # Now, of the file that is in force: later it may be edited, or gone.
+        self.configuration_sha256 = configuration_sha256(model_dir)
         self.device = create_device(kwargs.get("device") or "gpu")
         self.dtype = select_dtype(self.cfg.precision, self.device)
 
-        cfg = self.cfg
-        files = {
-            name: find_checkpoint(model_dir, getattr(cfg, name))
-            for name in ("ckpt_clip", "ckpt_unet", "ckpt_autoencoder")
-        }
-        attend = select_attention(cfg.attention, self.device)
-        with torch.device("meta"):
-            clip_encoder, autoencoder = self.clip_tower(cfg.clip), Autoencoder(cfg.autoencoder)
-            generator = UNet(cfg.unet, attend)
-        # CLIP's file holds both towers, whichever this is: what it has beyond this one does not matter.
-        self._load(clip_encoder.model, files["ckpt_clip"], ignore=clip_encoder.full_model_keys)
-        self._load(generator, files["ckpt_unet"])
-        self._load(autoencoder, files["ckpt_autoencoder"], prefix="first_stage_model.")
-        self.clip_encoder, self.autoencoder, self.generator = clip_encoder, autoencoder, generator
+        attend = select_attention(self.cfg.attention, self.device)
+        for name, part in stage_parts(self.cfg, model_dir, attend).items():
+            load_weights(
+                part.weights,
+                part.path,
+                prefix=part.prefix,
+                ignore=part.ignored,
+                device=self.device,
+                dtype=self.dtype,
+            )
+            setattr(self, name, channels_last(part.network))
+            logger.info("loaded %s", part.path)
         self.eval()
 
     def share_autoencoder(self, other: StageModel) -> None:
@@ -97,10 +96,6 @@ class StageModel(TorchModel):
         same = self.cfg.autoencoder == other.cfg.autoencoder and self.dtype == other.dtype
         if same and all(torch.equal(ours[name], theirs[name].to(ours[name].device)) for name in ours):
             self.autoencoder = other.autoencoder
-
-    def _load(self, module: nn.Module, path: Any, **options: Any) -> None:
-        load_weights(module, path, device=self.device, dtype=self.dtype, **options)
-        logger.info("loaded %s", path)
 
     def _velocity(self, y: Tensor, batch: int, **conditioning: Tensor) -> Velocity:
         """The UNet as a velocity under one conditioning [1 or B, N, D], for a state in float32."""
@@ -127,7 +122,6 @@ class ImageToVideoModel(StageModel):
     """Stage one: a video whose content is an image's."""
 
     stage = IMAGE_TO_VIDEO
-    clip_tower = ClipImageEncoder
 
     def __init__(self, model_dir: str, *args: Any, **kwargs: Any):
         super().__init__(model_dir, *args, **kwargs)
@@ -181,7 +175,6 @@ class VideoToVideoModel(StageModel):
     """
 
     stage = VIDEO_TO_VIDEO
-    clip_tower = ClipTextEncoder
 
     def __init__(self, model_dir: str, *args: Any, **kwargs: Any):
         super().__init__(model_dir, *args, **kwargs)
@@ -222,6 +215,7 @@ class VideoToVideoModel(StageModel):
         frames, device = _required(inputs, "video_data"), _device_of(self.generator)
         if frames.ndim != 4 or frames.shape[1] != 3:
             raise InvalidInputError(f"video_data: must be [F, 3, H, W], got {list(frames.shape)}")
+        request.check_limits(self.cfg, frames.shape[0])
         with clock.phase("clip", device):
             y = inputs["y"] if inputs.get("y") is not None else self.encode_text(request.prompt)
             negative_y = self._negative_y(request)
@@ -237,17 +231,23 @@ class VideoToVideoModel(StageModel):
             request.guide_scale,
             request.guide_rescale,
         )
-        with clock.phase("denoising", device), stepping(request, request.steps) as stepped:
-            latents = self._sample(velocity, noised, entropy, request, stepped)
+        layout = dpmpp_2m_sde_levels if request.solver_mode == "fast" else heun_levels
+        levels = layout(self.diffusion, request.steps, request.total_noise_levels)
+        with clock.phase("denoising", device), stepping(request, len(levels) - 1) as stepped:
+            latents = self._sample(velocity, noised, levels, entropy, request, stepped)
         with clock.phase("decoding", device):
             return self._decode(latents, request)
 
     def _sample(
-        self, velocity: Velocity, noised: Tensor, entropy: int, request: Request, stepped: Callable
+        self,
+        velocity: Velocity,
+        noised: Tensor,
+        levels: Tensor,
+        entropy: int,
+        request: Request,
+        stepped: StepCallback,
     ) -> Tensor:
         denoise = self.diffusion.denoiser(velocity)
-        layout = dpmpp_2m_sde_levels if request.solver_mode == "fast" else heun_levels
-        levels = layout(self.diffusion, request.steps, request.total_noise_levels)
         # Variance-exploding would be x / alpha; the published sampling multiplies by s = sigma / alpha.
         x = noised * levels[0].item()
         if request.solver_mode == "fast":

@@ -21,7 +21,7 @@ from ..progress import PhaseClock
 from ..provenance import FIRST_STAGE, from_metadata, record, to_metadata
 from ..request import Request, check_keywords, keywords_of
 from ..rules import integer, optional
-from ..video import Video, check_writable, encode_video, write_video
+from ..video import Video, check_writable, encode_video, read_video, write_video
 from .models import ImageToVideoModel, StageModel, VideoToVideoModel
 from .preprocessors import ImageToVideoPreprocessor, VideoToVideoPreprocessor
 from .registration import (
@@ -135,7 +135,7 @@ class StagePipeline(Pipeline):
         request = inputs.get("request") or self._request({})
         video = self.model({**inputs, "request": request}, clock=clock)
         precision = precision_name(next(self.model.generator.parameters()).dtype)
-        entries = record(request, self.model.model_dir, precision)
+        entries = record(request, self.model.model_dir, self.model.configuration_sha256, precision)
         first_stage = from_metadata(inputs.get("source_metadata", {}))
         if first_stage.get("stage") == IMAGE_TO_VIDEO:
             entries[FIRST_STAGE] = first_stage
@@ -245,9 +245,9 @@ class ImageToVideoPipeline(StagePipeline):
         with self._one_at_a_time:
             for seed in seeds:
                 path = None if folder is None else folder / f"seed_{seed}.mp4"
-                frames, entries = self._frames(input, {**keywords, "seed": seed}, path)
-                results.append({OutputKeys.OUTPUT_VIDEO: _saved(frames, path, entries), **entries})
-                rows.append((f"seed {seed}", frames))
+                video, entries = self._generate(input, path, {**keywords, "seed": seed})
+                results.append({OutputKeys.OUTPUT_VIDEO: _saved(video.frames, path, entries), **entries})
+                rows.append((f"seed {seed}", video.frames))
         sheet = contact_sheet(rows)
         if folder is not None:
             sheet.save(folder / "contact_sheet.png")
@@ -261,18 +261,28 @@ class ImageToVideoPipeline(StagePipeline):
             if self._second_stage is None:
                 self._second_stage = self._load_second_stage()
             self._second_stage._sanitize_parameters(output_video=output, **second)  # before any work
-            frames, entries = self._frames(input, first, first_path)
-            kept = {"first_video": _saved(frames, first_path, entries)} if keep_first else {}
-            video = Video(frames, entries["fps"], to_metadata(entries))
+            video, entries = self._generate(input, first_path, first)
+            kept = {"first_video": _saved(video.frames, first_path, entries)} if keep_first else {}
             return {**self._second_stage(video, output_video=output, **second), **kept}
 
-    def _frames(self, input: Any, keywords: dict[str, Any], path: Any) -> tuple[np.ndarray, dict[str, Any]]:
-        """Stage one's frames [F, H, W, 3] uint8, and how they were made."""
+    def generate(self, input: Any, **keywords: Any) -> Video:
+        """Stage one's video in memory: what stage two takes as ``video_path`` without a file between.
+
+        Args:
+            input: the image.
+            **keywords: of a call, without ``output_video``.
+        """
+        with self._one_at_a_time:
+            return self._generate(input, None, keywords)[0]
+
+    def _generate(self, input: Any, path: Any, keywords: Mapping[str, Any]) -> tuple[Video, dict[str, Any]]:
+        """The video and its record; ``path`` is where it will be written, for an error before work."""
         for_preprocess, for_forward, _ = self._sanitize_parameters(output_video=path, **keywords)
         outputs = self.forward(self.preprocess(input, **for_preprocess), **for_forward)
-        frames = to_frames(outputs["video"][0])
-        self._log(outputs["record"], frames, for_forward["clock"])
-        return frames, outputs["record"]
+        entries = outputs["record"]
+        video = Video(to_frames(outputs["video"][0]), entries["fps"], to_metadata(entries))
+        self._log(entries, video.frames, for_forward["clock"])
+        return video, entries
 
     def _load_second_stage(self) -> VideoToVideoPipeline:
         options = {"device": self.device_name, **self._second_stage_settings}
@@ -340,4 +350,8 @@ class VideoToVideoPipeline(StagePipeline):
             video = input["video_path"]
             given = {name: input[name] for name in self.input_keys if name in input}
             keywords = {**check_keywords(VIDEO_TO_VIDEO, given), **keywords}
+        if type(self.preprocessor) is VideoToVideoPreprocessor and not isinstance(video, Video):
+            # One frame too many is enough for the model to refuse the video: the rest need not be read.
+            with (clock or PhaseClock()).phase("reading"):
+                video = read_video(video, max_frames=self.model.cfg.limit_frames + 1)
         return super().preprocess(video, clock, **keywords)

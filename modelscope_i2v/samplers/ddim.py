@@ -33,8 +33,10 @@ class DDIMSchedule:
         Where ``steps`` divides 1000 these are the published 1 + i 1000 / steps. Elsewhere the published
         layout has more than ``steps`` of them; this one has the number asked for, evenly spaced.
         """
-        spaced = {min(1 + round(i * NUM_TIMESTEPS / steps), NUM_TIMESTEPS - 1) for i in range(steps)}
-        return sorted(spaced, reverse=True)
+        steps = min(steps, NUM_TIMESTEPS - 1)  # there are no more between 1 and 999
+        latest = range(NUM_TIMESTEPS - steps, NUM_TIMESTEPS)  # that leave one for each step to follow
+        spaced = [1 + round(i * NUM_TIMESTEPS / steps) for i in range(steps)]
+        return [min(pair) for pair in zip(spaced, latest)][::-1]
 
 
 def sample_ddim(

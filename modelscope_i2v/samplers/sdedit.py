@@ -72,10 +72,14 @@ class SDEditSchedule:
         return int(((1 - weight) * low + weight * (low + 1)).round())
 
     def trailing(self, steps: int, noise_levels: int) -> Tensor:
-        """s of ``steps`` network calls from timestep noise_levels - 1 down, then 0: [steps + 1]."""
+        """s of ``steps`` network calls from timestep noise_levels - 1 down, then 0: [steps + 1].
+
+        With fewer noise levels than steps, several would fall on the lowest level: those are one.
+        """
         last = noise_levels - 1
         timesteps = torch.arange(steps, dtype=torch.float32) * -(noise_levels / steps) + last
-        return torch.cat([self.levels(timesteps.clamp(min=0)), torch.zeros(1)])
+        timesteps = torch.unique_consecutive(timesteps.clamp(min=0))
+        return torch.cat([self.levels(timesteps), torch.zeros(1)])
 
     def denoiser(self, velocity: Velocity) -> Denoiser:
         """The denoiser of a velocity model, which sees the nearest integer timestep."""
@@ -91,7 +95,7 @@ class SDEditSchedule:
 def dpmpp_2m_sde_levels(schedule: SDEditSchedule, steps: int, noise_levels: int) -> Tensor:
     """s for ``steps`` calls of DPM-Solver++(2M) SDE: one more is laid out, and the last before 0 left out."""
     levels = schedule.trailing(steps + 1, noise_levels)
-    return torch.cat([levels[:-2], levels[-1:]])
+    return torch.cat([levels[: max(len(levels) - 2, 1)], levels[-1:]])
 
 
 def heun_levels(schedule: SDEditSchedule, steps: int, noise_levels: int) -> Tensor:

@@ -1,0 +1,89 @@
+"""The command line, ``modelscope-i2v``: a table of commands, each in a module of its own.
+
+What is slow to import (torch, ModelScope) is imported by the commands that need it, when they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import traceback
+from typing import Sequence
+
+from .. import __version__
+from ..errors import ConfigurationError, I2VError, InvalidInputError, MissingFileError, MissingPackageError
+from .command import PROGRAM
+from .demo_model import DEMO
+from .doctor import DOCTOR
+from .generate import GENERATE
+from .info import INFO
+from .preview import PREVIEW
+
+COMMANDS = (DEMO, GENERATE, PREVIEW, INFO, DOCTOR)
+
+#: The user's to correct, as a wrong argument is; other errors of ours exit with 1.
+_EXIT_WITH_2 = (InvalidInputError, ConfigurationError, MissingFileError, MissingPackageError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: the arguments, instead of the process's own.
+
+    Returns:
+        The exit code: 0; 2 for what the user can correct (usage, input, settings, missing files); 1 for
+        other failures; 130 when interrupted; 141 when nobody reads the output any more.
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:  # --help, --version and argparse's own errors
+        return int(stop.code or 0)
+    try:
+        arguments.run(arguments)
+        return 0
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        return 141
+    except Exception as error:
+        if not (isinstance(error, (I2VError, MemoryError)) or _is_out_of_gpu_memory(error)):
+            raise  # a bug: its traceback is what a report needs
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"{PROGRAM}: error: {_words(error)}", file=sys.stderr)
+        return 2 if isinstance(error, _EXIT_WITH_2) else 1
+
+
+def _is_out_of_gpu_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
+
+
+def _words(error: Exception) -> str:
+    """An error in one line, without the class that ModelScope puts before what it builds raises."""
+    words = re.sub(r"\s*\n\s*", " ", str(error)).strip()
+    if not isinstance(error, I2VError):
+        return f"out of memory; fewer --frames or a smaller --size take less ({words or 'no details'})"
+    return re.sub(r"^(\w+(Pipeline|Model): )+", "", words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM, description="From an image to a video, with I2VGen-XL.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        subparser = commands.add_parser(
+            command.name, help=command.help, description=command.help, allow_abbrev=False
+        )
+        command.add_arguments(subparser)
+        subparser.add_argument(
+            "--debug", action="store_true", help="show all logs, and where an error comes from"
+        )
+        subparser.set_defaults(run=command.run)
+    return parser

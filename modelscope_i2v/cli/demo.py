@@ -1,0 +1,82 @@
+"""``modelscope-i2v demo``: the main job on a small model, without a network."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from .command import PROGRAM, Command, add_run_arguments, given, say
+from .stages import (
+    IMAGE_TO_VIDEO_MODEL,
+    REVISION,
+    VIDEO_TO_VIDEO_MODEL,
+    Stage,
+    check_device,
+    let_waiting_threads_sleep,
+)
+
+_ABOUT_THE_WEIGHTS = f"""\
+Both stages work. What these videos show is noise, and that is as it should be: the demo's model is small, and
+its weights are random numbers. The real weights come from ModelScope's hub:
+
+  modelscope download --model {IMAGE_TO_VIDEO_MODEL} --revision {REVISION}
+      open_clip_pytorch_model.bin 3.94 GB, v2-1_512-ema-pruned.ckpt 5.21 GB,
+      base_03_alldata_fps_v_80g_0789000.pth 5.68 GB
+  modelscope download --model {VIDEO_TO_VIDEO_MODEL} --revision {REVISION}
+      the same two files, and non_ema_0035000.pth 5.65 GB
+
+or by themselves, with the first of these calls or with this command:
+
+  pipeline(task="image-to-video", model="{IMAGE_TO_VIDEO_MODEL}", model_revision="{REVISION}")
+  pipeline(task="video-to-video", model="{VIDEO_TO_VIDEO_MODEL}", model_revision="{REVISION}")
+
+  {PROGRAM} generate IMAGE -o video.mp4 --refine"""
+
+
+def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("image", nargs="?", metavar="IMAGE", help="a path or a URL (default: a picture of ours)")
+    add("-o", "--output", default=".", metavar="FOLDER", help="for the two videos (default: the current one)")
+    add("--cache", metavar="DIR", help="where to keep the small model, instead of the user's cache folder")
+    add_run_arguments(parser)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    let_waiting_threads_sleep()
+    from ..images import open_image
+    from ..video import check_writable
+
+    first, second = (os.path.join(arguments.output, name) for name in ("i2v_output.mp4", "v2v_output.mp4"))
+    for path in (first, second):
+        check_writable(path)
+    check_device(arguments.device)
+
+    from ..demo_model import EXAMPLE_IMAGE, demo_model
+
+    source = arguments.image or str(EXAMPLE_IMAGE)
+    image = open_image(source)
+    folders = demo_model(
+        arguments.cache, lambda folder: say(f"Making a small model with random weights, once, in {folder}")
+    )
+    settings = given(device=arguments.device)
+    keywords = given(seed=arguments.seed, progress=arguments.progress or None)
+    stages = [
+        Stage(task, str(folder), settings, keywords)
+        for task, folder in zip(("image-to-video", "video-to-video"), folders)
+    ]
+    for stage in stages:
+        stage.check()
+    say("Loading ModelScope")
+    say(f"Stage one, image to video, of {source}")
+    stages[0].run(image, first, arguments.debug)
+    say("Stage two, video to video, of stage one's")
+    stages[1].run({"video_path": first}, second, arguments.debug)
+    say(f"\n{_ABOUT_THE_WEIGHTS}")
+
+
+DEMO = Command(
+    "demo",
+    "run both stages on a small model with random weights, in a minute or two, without a network",
+    _add_demo_arguments,
+    _demo,
+)

@@ -1,0 +1,37 @@
+"""``modelscope-i2v info``: how a video was made."""
+
+from __future__ import annotations
+
+import argparse
+
+from .command import Command, say
+
+
+def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", metavar="VIDEO", help="a path or a URL")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from ..errors import InvalidInputError
+    from ..provenance import FIRST_STAGE, from_metadata
+    from ..sources import source_name
+    from ..video import read_metadata
+
+    entries = from_metadata(read_metadata(arguments.video))
+    if not entries:
+        name = source_name(arguments.video)
+        raise InvalidInputError(f"{name}: says nothing of how it was made: it is not a file of this package")
+    first_stage = entries.pop(FIRST_STAGE, None)
+    _show(entries)
+    if isinstance(first_stage, dict):
+        say("\nof a video that was made so:")
+        _show(first_stage)
+
+
+def _show(entries: dict) -> None:
+    for name, value in sorted(entries.items()):
+        shown = "x".join(map(str, value)) if isinstance(value, list) else value
+        say(f"{name}: {shown}")
+
+
+INFO = Command("info", "say how a video was made: its seed, its steps, its model", _add_info_arguments, _info)

@@ -1,0 +1,53 @@
+"""``modelscope-i2v preview``: stage one with several seeds, to choose the one to refine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from .command import Command, add_run_arguments, given, say
+from .stages import IMAGE_TO_VIDEO_MODEL, Stage, download, quiet
+
+
+def _add_preview_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("image", metavar="IMAGE", help="a path or a URL")
+    add("-o", "--output", required=True, metavar="FOLDER", help="for the videos and contact_sheet.png")
+    add("--seeds", required=True, type=_seeds, metavar="N,N,...", help="one for each video")
+    add("--model", default=IMAGE_TO_VIDEO_MODEL, metavar="DIR_OR_ID", help="(default: %(default)s)")
+    add("--steps", type=int, metavar="N", help="of denoising")
+    add_run_arguments(parser, seed=False)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed are whole numbers, as 1,2,3") from None
+
+
+def _preview(arguments: argparse.Namespace) -> None:
+    from ..images import open_image
+    from ..request import check_keywords
+
+    for seed in arguments.seeds:
+        check_keywords("image-to-video", {"seed": seed})
+    image = open_image(arguments.image)
+    keywords = given(steps=arguments.steps, progress=arguments.progress or None)
+    settings = given(device=arguments.device)
+    stage = Stage("image-to-video", os.path.expanduser(arguments.model), settings, keywords)
+    stage.check()
+    if not os.path.exists(stage.model):
+        stage = Stage(stage.task, download(stage.model, arguments.debug), settings, keywords)
+        stage.check()
+    with quiet(arguments.debug):
+        stage.build(arguments.debug).preview(image, arguments.seeds, arguments.output, **keywords)
+    say(f"{os.path.join(arguments.output, 'contact_sheet.png')}: {len(arguments.seeds)} videos beside it")
+
+
+PREVIEW = Command(
+    "preview",
+    "make stage one's videos of several seeds, and a picture of all, to choose the seed to refine",
+    _add_preview_arguments,
+    _preview,
+)

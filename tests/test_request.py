@@ -1,0 +1,320 @@
+"""Requests: which of keyword, file and reference value a generation uses, and its seed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from modelscope_i2v.configuration import (
+    DEFAULT_NEGATIVE_PROMPT,
+    DEFAULT_POSITIVE_PROMPT,
+    ImageToVideoSettings,
+    StageSettings,
+    VideoToVideoSettings,
+    load_settings,
+)
+from modelscope_i2v.errors import InvalidInputError
+from modelscope_i2v.request import KEYWORD_RULES, Request, check_keywords, keywords_of
+
+ONE, TWO = "image-to-video", "video-to-video"
+SETTINGS = {ONE: ImageToVideoSettings, TWO: VideoToVideoSettings}
+
+
+def requested(settings: StageSettings, **keywords: Any) -> Request:
+    return Request.resolve(settings, check_keywords(settings.stage, keywords))
+
+
+def of_file(folder: Path, stage: str, **settings: Any) -> StageSettings:
+    contents = {"task": stage, "model": {"model_cfg": settings}}
+    (folder / "configuration.json").write_text(json.dumps(contents), encoding="utf-8")
+    return load_settings(folder, stage)
+
+
+# Precedence
+
+
+def test_reference_values():
+    one, two = (Request.resolve(settings(seed=5)) for settings in SETTINGS.values())
+    assert one == Request(
+        stage=ONE, seed=5, steps=50, guide_scale=3.0, size=(448, 256), fps=8, frames=32, window=32, overlap=8,
+        noise_strength=0.1,
+    )  # fmt: skip
+    assert two == Request(
+        stage=TWO, seed=5, steps=30, guide_scale=7.5, size=(1280, 720), fps=8, frames=32, window=32,
+        overlap=8, guide_rescale=0.2, total_noise_levels=600, solver_mode="fast", text="",
+        positive_prompt=DEFAULT_POSITIVE_PROMPT, negative_prompt=DEFAULT_NEGATIVE_PROMPT,
+    )  # fmt: skip
+
+
+#: By keyword: the stage, what the file says, what the call says, and the request's field.
+PRECEDENCE = [
+    (ONE, "seed", 1, 0, "seed"),
+    (ONE, "steps", 10, 20, "steps"),
+    (ONE, "guide_scale", 2.0, 0.0, "guide_scale"),
+    (ONE, "noise_strength", 0.5, 0.0, "noise_strength"),
+    (ONE, "max_frames", 10, 20, "frames"),
+    (ONE, "target_fps", 10, 20, "fps"),
+    (TWO, "guide_rescale", 0.5, 0.0, "guide_rescale"),
+    (TWO, "total_noise_levels", 100, 200, "total_noise_levels"),
+    (TWO, "solver_mode", "normal", "fast", "solver_mode"),
+    (TWO, "positive_prompt", "file", "", "positive_prompt"),
+    (TWO, "negative_prompt", "file", "", "negative_prompt"),
+    (TWO, "resolution", (64, 32), (128, 96), "size"),
+]
+
+
+@pytest.mark.parametrize("stage, name, in_file, in_call, field", PRECEDENCE)
+def test_call_goes_before_file_and_file_before_reference(tmp_path, stage, name, in_file, in_call, field):
+    reference = getattr(requested(SETTINGS[stage](seed=7)), field)
+    settings = of_file(tmp_path, stage, **{"seed": 7, name: in_file})
+    assert getattr(requested(settings), field) == in_file != reference
+    assert getattr(requested(settings, **{name: in_call}), field) == in_call
+    assert getattr(requested(settings, **{name: None}), field) == in_file
+    assert getattr(requested(settings), field) == in_file  # the settings are as they were
+
+
+def test_frame_rate_has_two_names():
+    settings = ImageToVideoSettings(target_fps=12)
+    assert requested(settings, fps=24).fps == requested(settings, target_fps=24).fps == 24
+    assert requested(settings, fps=None).fps == 12
+    assert check_keywords(ONE, {"fps": 24}) == {"target_fps": 24}
+    with pytest.raises(InvalidInputError, match="fps: got 0, allowed is a whole number from 1 to 240"):
+        check_keywords(ONE, {"fps": 0})
+
+
+def test_none_is_not_given():
+    assert check_keywords(TWO, dict.fromkeys(keywords_of(TWO))) == {}
+    settings = VideoToVideoSettings(seed=3)
+    assert requested(settings, **dict.fromkeys(keywords_of(TWO))) == requested(settings)
+
+
+def test_assigned_settings_count():
+    settings = VideoToVideoSettings(seed=3)
+    settings.max_frames = 10_000
+    settings.positive_prompt = ", sharp"
+    request = requested(settings, text="a cat")
+    assert (request.frames, request.window, request.overlap) == (10_000, 10_000, 2_500)
+    assert request.prompt == "a cat, sharp"
+
+
+def test_size_is_the_resolution_or_the_latents():
+    settings = ImageToVideoSettings(latent_wid=40, latent_hei=24)
+    assert requested(settings).size == (320, 192)
+    assert requested(settings, resolution=[100, 60]).size == (100, 60)
+    settings.resolution = (64, 32)
+    assert requested(settings).size == (64, 32)
+    assert requested(settings, resolution=(100, 60)).size == (100, 60)
+
+
+def test_prompt_is_the_text_and_then_the_positive_prompt():
+    settings = VideoToVideoSettings()
+    assert requested(settings).prompt == DEFAULT_POSITIVE_PROMPT
+    assert requested(settings, text="a cat").prompt == "a cat" + DEFAULT_POSITIVE_PROMPT
+    assert requested(settings, text="a cat", positive_prompt="").prompt == "a cat"
+    assert requested(settings, negative_prompt="ugly").negative_prompt == "ugly"
+
+
+@pytest.mark.parametrize(
+    "stage, settings, keywords, steps",
+    [
+        (ONE, {}, {}, 50),
+        (TWO, {}, {}, 30),
+        (TWO, {"solver_mode": "normal"}, {}, 50),
+        (TWO, {}, {"solver_mode": "normal"}, 50),
+        (TWO, {"solver_mode": "normal"}, {"solver_mode": "fast"}, 30),
+        (TWO, {"solver_mode": "normal", "steps": 7}, {}, 7),
+        (TWO, {"steps": 7}, {"solver_mode": "normal"}, 7),
+        (TWO, {"steps": 7}, {"solver_mode": "normal", "steps": 9}, 9),
+        (ONE, {}, {"steps": 1}, 1),
+    ],
+)
+def test_steps_are_the_solvers_unless_given(stage, settings, keywords, steps):
+    assert requested(SETTINGS[stage](**settings), **keywords).steps == steps
+
+
+def test_callback_and_progress_are_handed_on():
+    def callback(step, timestep, latents):
+        raise AssertionError
+
+    request = requested(ImageToVideoSettings(seed=1), callback=callback, progress=False)
+    assert request.callback is callback
+    assert request.progress is False
+    assert request == requested(ImageToVideoSettings(seed=1))  # neither is part of what is computed
+
+
+def test_request_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        requested(ImageToVideoSettings()).steps = 3
+
+
+# Refusals
+
+
+def test_keywords_of_each_stage():
+    both = {
+        "seed", "steps", "guide_scale", "max_frames", "resolution", "target_fps", "fps", "chunk_size",
+        "overlap_size", "generator", "callback", "progress",
+    }  # fmt: skip
+    two = {"guide_rescale", "total_noise_levels", "solver_mode", "positive_prompt", "negative_prompt", "text"}
+    assert keywords_of(ONE) == sorted(both | {"noise_strength"})
+    assert keywords_of(TWO) == sorted(both | two)
+
+
+@pytest.mark.parametrize(
+    "stage, name, hint",
+    [
+        (ONE, "step", "; did you mean 'steps'?"),
+        (ONE, "guidance_scale", "; did you mean 'guide_scale'?"),
+        (TWO, "negative_promt", "; did you mean 'negative_prompt'?"),
+        (ONE, "solver_mode", None),  # stage two's
+        (TWO, "noise_strength", None),  # stage one's
+        (ONE, "xyzzy", None),
+    ],
+)
+def test_unknown_keyword_is_refused_with_the_known_ones(stage, name, hint):
+    with pytest.raises(InvalidInputError) as refusal:
+        check_keywords(stage, {"seed": 1, name: 1})
+    message = str(refusal.value)
+    assert message.startswith(f"{stage} has no keyword {name!r}{hint or ''}")
+    known = message[message.lower().rindex("known are ") + len("known are ") :].split(", ")
+    assert known == sorted(["output_video", "batch_size", *keywords_of(stage)])
+
+
+def test_unknown_keyword_is_refused_even_as_none():
+    with pytest.raises(InvalidInputError, match="has no keyword 'step'"):
+        check_keywords(ONE, {"step": None})
+
+
+WRONG = {
+    "seed": (-1, "a whole number from 0 to 9223372036854775807"),
+    "steps": ("50", "a whole number from 1 to 1000"),
+    "guide_scale": (float("nan"), "a number from 0 to 100"),
+    "guide_rescale": (2, "a number from 0 to 1"),
+    "noise_strength": ("much", "a number from 0 to 10"),
+    "total_noise_levels": (1000, "a whole number from 1 to 999"),
+    "solver_mode": ("slow", "one of fast, normal"),
+    "positive_prompt": (3, "a text"),
+    "negative_prompt": (["ugly"], "a text"),
+    "max_frames": (0, "a whole number from 1 to 100000"),
+    "resolution": ([448], "[width, height], each a whole number from 8 to 8192"),
+    "target_fps": (7.5, "a whole number from 1 to 240"),
+    "fps": (1000, "a whole number from 1 to 240"),
+    "text": (3, "a text"),
+    "chunk_size": (1, "a whole number from 2 to 100000"),
+    "overlap_size": (-1, "a whole number from 0 to 100000"),
+    "generator": (5, "a torch.Generator"),
+    "callback": ("print", "a function"),
+    "progress": (1, "true or false"),
+}
+
+
+@pytest.mark.parametrize("name", sorted(KEYWORD_RULES))
+def test_wrong_value_is_named_with_what_is_allowed(name):
+    value, allowed = WRONG[name]
+    stage = TWO if name in keywords_of(TWO) else ONE
+    with pytest.raises(InvalidInputError) as refusal:
+        check_keywords(stage, {name: value})
+    assert str(refusal.value) == f"{name}: got {value!r}, allowed is {allowed}, or none"
+
+
+def test_numbers_of_numpy_are_numbers():
+    checked = check_keywords(ONE, {"seed": np.int64(3), "guide_scale": np.float32(2.5), "steps": np.uint8(4)})
+    assert checked == {"seed": 3, "guide_scale": 2.5, "steps": 4}
+    assert [type(value) for value in checked.values()] == [int, float, int]
+
+
+# Windows
+
+
+@pytest.mark.parametrize(
+    "keywords, window, overlap",
+    [
+        ({}, 32, 8),
+        ({"chunk_size": 24}, 24, 6),
+        ({"chunk_size": 24, "overlap_size": 8}, 24, 8),
+        ({"overlap_size": 0}, 32, 0),
+        ({"overlap_size": 31}, 32, 31),
+        ({"max_frames": 10}, 10, 2),
+        ({"max_frames": 100, "chunk_size": 16}, 16, 4),
+        ({"max_frames": 1}, 1, 0),
+        ({"chunk_size": 2}, 2, 0),
+    ],
+)
+def test_windows(keywords, window, overlap):
+    request = requested(VideoToVideoSettings(), **keywords)
+    assert (request.window, request.overlap) == (window, overlap)
+    assert request.frames == keywords.get("max_frames", 32)
+
+
+@pytest.mark.parametrize(
+    "keywords, message",
+    [
+        ({"chunk_size": 24, "overlap_size": 24}, "got 24, allowed is less than the 24 frames of a chunk"),
+        ({"overlap_size": 40}, "got 40, allowed is less than the 32 frames of a chunk"),
+        ({"max_frames": 4, "overlap_size": 8}, "got 8, allowed is less than the 4 frames of a chunk"),
+    ],
+)
+def test_overlap_of_a_whole_chunk_is_refused(keywords, message):
+    with pytest.raises(InvalidInputError) as refusal:
+        requested(VideoToVideoSettings(), **keywords)
+    assert str(refusal.value) == f"overlap_size: {message}"
+
+
+# Seeds
+
+
+def test_absent_seed_is_random_and_leaves_global_random_states_alone():
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    seeds = set()
+    for _ in range(4):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        random.seed(0)
+        states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        seeds.add(requested(ImageToVideoSettings()).seed)
+        assert torch.equal(torch.get_rng_state(), states[0])
+        assert np.array_equal(np.random.get_state()[1], states[1])
+        assert random.getstate() == states[2]
+    assert len(seeds) == 4
+    assert all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
+    torch.set_rng_state(before[0])
+    np.random.set_state(before[1])
+    random.setstate(before[2])
+
+
+def test_generator_gives_a_seed_that_reproduces_and_advances():
+    settings = ImageToVideoSettings(seed=666)
+    generator = torch.Generator().manual_seed(4)
+    first, second = (requested(settings, generator=generator).seed for _ in range(2))
+    assert first != second
+    assert 666 not in (first, second)
+    again = torch.Generator().manual_seed(4)
+    assert [requested(settings, generator=again).seed for _ in range(2)] == [first, second]
+    assert requested(settings, seed=first) == requested(settings, generator=torch.Generator().manual_seed(4))
+
+
+def test_generators_seed_is_allowed_as_a_seed():
+    for start in range(20):
+        generator = torch.Generator().manual_seed(start)
+        seed = requested(ImageToVideoSettings(), generator=generator).seed
+        assert check_keywords(ONE, {"seed": seed}) == {"seed": seed}
+
+
+def test_seed_goes_before_a_generator():
+    generator = torch.Generator().manual_seed(4)
+    state = generator.get_state()
+    assert requested(ImageToVideoSettings(), generator=generator, seed=0).seed == 0
+    assert torch.equal(generator.get_state(), state)
+
+
+def test_resolving_leaves_the_keywords_as_they_are():
+    keywords = check_keywords(ONE, {"generator": torch.Generator(), "steps": 3})
+    Request.resolve(ImageToVideoSettings(), keywords)
+    assert keywords.keys() == {"generator", "steps"}

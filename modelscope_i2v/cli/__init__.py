@@ -15,7 +15,7 @@ from typing import Sequence
 from .. import __version__
 from ..errors import ConfigurationError, I2VError, InvalidInputError, MissingFileError, MissingPackageError
 from .command import PROGRAM
-from .demo_model import DEMO
+from .demo import DEMO
 from .doctor import DOCTOR
 from .generate import GENERATE
 from .info import INFO

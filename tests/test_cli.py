@@ -356,6 +356,7 @@ def test_an_output_that_nobody_reads():
     code = """if True:
         import sys
         from modelscope_i2v import cli
+        from modelscope_i2v.cli import command
         say = command.Command("say", "", lambda parser: None, lambda arguments: command.say("something"))
         cli.COMMANDS = (say,)
         sys.exit(cli.main(["say"]))

@@ -18,7 +18,19 @@ from .models.attention import ATTENTION_CHOICES
 from .models.autoencoder import AutoencoderConfig
 from .models.clip import LAYER_CHOICES, ClipConfig
 from .models.unet import UNetConfig
-from .rules import Rule, choice, did_you_mean, integer, list_of, mapping, number, optional, size, text
+from .rules import (
+    Rule,
+    boolean_or,
+    choice,
+    did_you_mean,
+    integer,
+    list_of,
+    mapping,
+    number,
+    optional,
+    size,
+    text,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +77,7 @@ RULES: dict[str, Rule] = {
     "decoder_bs": integer(1, 4096),
     "precision": choice(*PRECISION_CHOICES),
     "attention": choice(*ATTENTION_CHOICES),
+    "low_memory": boolean_or("auto"),
     "limit_pixels": integer(64, 8192 * 8192),
     "limit_frames": integer(1, 100_000),
     "limit_steps": integer(1, 1000),
@@ -124,6 +137,7 @@ class StageSettings:
     decoder_bs: int = 8
     precision: str = "auto"
     attention: str = "auto"
+    low_memory: bool | str = "auto"
     # What a call may ask for at most, so that a slip of a digit is an error and not a full memory.
     limit_pixels: int = 4096 * 2304
     limit_frames: int = 1024

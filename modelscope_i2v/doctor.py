@@ -84,8 +84,10 @@ def _plugin() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     import torch
 
+    from .configuration import ImageToVideoSettings, VideoToVideoSettings
     from .models.attention import select_attention
     from .precision import precision_name, select_dtype
+    from .residency import choose_low_memory
 
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -100,7 +102,12 @@ def _device() -> Iterator[Finding]:
     yield Finding("precision", f"{precision_name(dtype)}, as 'auto' chooses on {device.type}")
     attention = select_attention("auto", device)
     yield Finding("attention", f"{attention.__name__}, as 'auto' chooses: torch's own")
-    yield Finding("memory", "a stage's parts all stay on the device")
+    if device.type != "cuda":
+        yield Finding("memory", "all networks stay in the host's memory")
+        return
+    for settings in (ImageToVideoSettings(), VideoToVideoSettings()):
+        turns = "one network at a time" if choose_low_memory(settings, device) else "all networks"
+        yield Finding("memory", f"{settings.stage}: {turns} on the device, as low_memory 'auto' chooses")
 
 
 def _model_folder(folder: Path) -> Iterator[Finding]:

@@ -79,6 +79,14 @@ def boolean() -> Rule:
     return Rule("true or false", convert)
 
 
+def boolean_or(name: str) -> Rule:
+    def convert(value: Any) -> bool | str:
+        _require(isinstance(value, bool) or (isinstance(value, str) and value == name))
+        return value
+
+    return Rule(f"true, false or {name}", convert)
+
+
 def mapping() -> Rule:
     def convert(value: Any) -> dict:
         _require(isinstance(value, dict))

@@ -87,6 +87,7 @@ EXPECTED = {
         "noise_strength": 0.1,
         "precision": "auto",
         "attention": "auto",
+        "low_memory": "auto",
     },
     TWO: {
         "ckpt_unet": "non_ema_0035000.pth",
@@ -106,6 +107,7 @@ EXPECTED = {
         "solver_mode": "fast",
         "precision": "auto",
         "attention": "auto",
+        "low_memory": "auto",
     },
 }
 
@@ -149,6 +151,8 @@ TABLE: dict[str, tuple[list[tuple[Any, Any]], list[Any], str]] = {
     "decoder_bs": ([(1, 1), (4096, 4096)], [0, 4097, None, "8"], "a whole number from 1 to 4096"),
     "precision": ([(name, name) for name in ("auto", "fp32", "fp16", "bf16")], ["float16", "FP16", None, 16],
                   "one of auto, fp32, fp16, bf16"),
+    "low_memory": ([(value, value) for value in (True, False, "auto")], ["on", 1, None],
+        "true, false or auto"),
     "attention": ([(name, name) for name in ("auto", "sdpa", "xformers")], ["flash", "", None, True],
                   "one of auto, sdpa, xformers"),
     "limit_pixels": ([(64, 64), (8192**2, 8192**2)], [63, 8192**2 + 1, None, 1e6],

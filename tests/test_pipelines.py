@@ -1,4 +1,4 @@
-"""Both pipelines through ModelScope's own ``pipeline()``, from file to file, and what clients do with them."""
+"""Both pipelines through ModelScope's own ``pipeline()``, from file to file, and as clients use them."""
 
 from __future__ import annotations
 
@@ -106,7 +106,8 @@ def test_same_seed_same_bytes_in_another_process(i2v, v2v, small_model, picture,
         "from modelscope.pipelines import pipeline\n"
         "one, two, picture, clip, folder = sys.argv[1:]\n"
         "pipeline('image-to-video', model=one, device='cpu')(picture, output_video=folder + '/1.mp4')\n"
-        "pipeline('video-to-video', model=two, device='cpu')({'video_path': clip}, output_video=folder + '/2.mp4')\n"
+        "pipe = pipeline('video-to-video', model=two, device='cpu')\n"
+        "pipe({'video_path': clip}, output_video=folder + '/2.mp4')\n"
     )
     arguments = [*map(str, small_model), str(picture), str(clip), str(tmp_path)]
     subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
@@ -341,7 +342,7 @@ def test_a_line_says_what_was_done(i2v, picture, caplog):
 def test_the_files_metadata(i2v, picture, tmp_path):
     path = i2v(str(picture), output_video=str(tmp_path / "video.mp4"), seed=12)[OutputKeys.OUTPUT_VIDEO]
     metadata = read_metadata(path)
-    assert metadata["seed"] == "12" and metadata["resolution"] == "128x64"
+    assert metadata["seed"] == "12" and metadata["resolution"] == "[128, 64]"
     assert metadata["software"].startswith("modelscope_i2v ")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Mapping
+from typing import Any, ClassVar, ContextManager, Mapping
 
 import torch
 from modelscope.models.base import TorchModel
@@ -22,6 +22,7 @@ from ..preprocessing import ClipImageTransform, VideoTransform
 from ..progress import PhaseClock, stepping
 from ..provenance import configuration_sha256
 from ..request import Request, StepCallback
+from ..residency import at_work, choose_low_memory, device_of
 from ..samplers.ddim import DDIMSchedule, sample_ddim
 from ..samplers.sdedit import (
     BrownianNoise,
@@ -76,6 +77,8 @@ class StageModel(TorchModel):
         self.device = create_device(kwargs.get("device") or "gpu")
         self.dtype = select_dtype(self.cfg.precision, self.device)
 
+        self.low_memory = choose_low_memory(self.cfg, self.device)
+        home = torch.device("cpu") if self.low_memory else self.device
         attend = select_attention(self.cfg.attention, self.device)
         for name, part in stage_parts(self.cfg, model_dir, attend).items():
             load_weights(
@@ -83,7 +86,7 @@ class StageModel(TorchModel):
                 part.path,
                 prefix=part.prefix,
                 ignore=part.ignored,
-                device=self.device,
+                device=home,
                 dtype=self.dtype,
             )
             setattr(self, name, channels_last(part.network))
@@ -97,9 +100,12 @@ class StageModel(TorchModel):
         if same and all(torch.equal(ours[name], theirs[name].to(ours[name].device)) for name in ours):
             self.autoencoder = other.autoencoder
 
+    def _at_work(self, network: nn.Module) -> ContextManager[torch.device]:
+        return at_work(network, self.device, self.low_memory)
+
     def _velocity(self, y: Tensor, batch: int, **conditioning: Tensor) -> Velocity:
         """The UNet as a velocity under one conditioning [1 or B, N, D], for a state in float32."""
-        device = _device_of(self.generator)
+        device = device_of(self.generator)
         y = y.to(device).expand(batch, -1, -1)
 
         def velocity(x: Tensor, t: int) -> Tensor:
@@ -111,9 +117,9 @@ class StageModel(TorchModel):
         size = latent_size(request.size, self.cfg.unet, self.cfg.autoencoder.downscale)
         return (1, self.cfg.autoencoder.embed_dim, frames, *size)
 
-    def _decode(self, latents: Tensor, request: Request) -> Tensor:
-        latents = latents.to(_device_of(self.autoencoder))
-        return decode_video(self.autoencoder, latents, request.size, self.cfg.decoder_bs)
+    def _decode(self, latents: Tensor, request: Request, clock: PhaseClock) -> Tensor:
+        with clock.phase("decoding", self.device), self._at_work(self.autoencoder) as device:
+            return decode_video(self.autoencoder, latents.to(device), request.size, self.cfg.decoder_bs)
 
 
 @register_class(MODELS, IMAGE_TO_VIDEO, VIDEO_TO_VIDEO_MODEL)
@@ -142,28 +148,25 @@ class ImageToVideoModel(StageModel):
         request = inputs.get("request") or Request.resolve(self.cfg)
         clock = clock or PhaseClock()
         images = _required(inputs, "vit_frame")
-        batch, device = images.shape[0], _device_of(self.generator)
-        with clock.phase("clip", device):
+        batch = images.shape[0]
+        with clock.phase("clip", self.device), self._at_work(self.clip_encoder):
             y = self.clip_encoder(images)[:, None]
         seeded = torch.Generator().manual_seed(request.seed)
         noise = draw_noise(seeded, self._latent_shape(request, request.frames), request.noise_strength)
         # Each image of a batch gets what it would get on its own.
         noise = _given(inputs, "noise", noise.expand(batch, -1, -1, -1, -1))
-        fps = torch.full((batch,), request.fps, device=device)
-        velocity = windowed(
-            guided(
+        timesteps = self.diffusion.timesteps(request.steps)
+        with clock.phase("denoising", self.device), self._at_work(self.generator) as device:
+            fps = torch.full((batch,), request.fps, device=device)
+            velocity = guided(
                 self._velocity(y, batch, fps=fps),
                 self._velocity(torch.zeros_like(y), batch, fps=fps),
                 request.guide_scale,
-            ),
-            request.window,
-            request.overlap,
-        )
-        timesteps = self.diffusion.timesteps(request.steps)
-        with clock.phase("denoising", device), stepping(request, len(timesteps)) as stepped:
-            latents = sample_ddim(velocity, noise.to(device), self.diffusion, timesteps, stepped)
-        with clock.phase("decoding", device):
-            return self._decode(latents, request)
+            )
+            velocity = windowed(velocity, request.window, request.overlap)
+            with stepping(request, len(timesteps)) as stepped:
+                latents = sample_ddim(velocity, noise.to(device), self.diffusion, timesteps, stepped)
+        return self._decode(latents, request, clock)
 
 
 @register_class(MODELS, VIDEO_TO_VIDEO, IMAGE_TO_VIDEO_MODEL)
@@ -195,7 +198,8 @@ class VideoToVideoModel(StageModel):
     @torch.no_grad()
     def encode_text(self, text: str) -> Tensor:
         """CLIP's hidden states [1, 77, width] of a text."""
-        return self.clip_encoder(text)
+        with self._at_work(self.clip_encoder):
+            return self.clip_encoder(text)
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Any], clock: PhaseClock | None = None) -> Tensor:
@@ -212,31 +216,32 @@ class VideoToVideoModel(StageModel):
         """
         request = inputs.get("request") or Request.resolve(self.cfg)
         clock = clock or PhaseClock()
-        frames, device = _required(inputs, "video_data"), _device_of(self.generator)
+        frames = _required(inputs, "video_data")
         if frames.ndim != 4 or frames.shape[1] != 3:
             raise InvalidInputError(f"video_data: must be [F, 3, H, W], got {list(frames.shape)}")
         request.check_limits(self.cfg, frames.shape[0])
-        with clock.phase("clip", device):
+        with clock.phase("clip", self.device):
             y = inputs["y"] if inputs.get("y") is not None else self.encode_text(request.prompt)
             negative_y = self._negative_y(request)
 
         shape = self._latent_shape(request, frames.shape[0])
         posterior_noise, noise, entropy = self._draws(inputs, request.seed, shape)
-        with clock.phase("encoding", device):
+        with clock.phase("encoding", self.device), self._at_work(self.autoencoder):
             latents = encode_video(self.autoencoder, frames, request.size, shape[3:], posterior_noise)
-        noised = self.diffusion.noise(latents.to(device), noise.to(device), request.total_noise_levels - 1)
-        velocity = guided(
-            windowed(self._velocity(y, 1), request.window, request.overlap),
-            windowed(self._velocity(negative_y, 1), request.window, request.overlap),
-            request.guide_scale,
-            request.guide_rescale,
-        )
         layout = dpmpp_2m_sde_levels if request.solver_mode == "fast" else heun_levels
         levels = layout(self.diffusion, request.steps, request.total_noise_levels)
-        with clock.phase("denoising", device), stepping(request, len(levels) - 1) as stepped:
-            latents = self._sample(velocity, noised, levels, entropy, request, stepped)
-        with clock.phase("decoding", device):
-            return self._decode(latents, request)
+        with clock.phase("denoising", self.device), self._at_work(self.generator) as device:
+            noise_level = request.total_noise_levels - 1
+            noised = self.diffusion.noise(latents.to(device), noise.to(device), noise_level)
+            velocity = guided(
+                windowed(self._velocity(y, 1), request.window, request.overlap),
+                windowed(self._velocity(negative_y, 1), request.window, request.overlap),
+                request.guide_scale,
+                request.guide_rescale,
+            )
+            with stepping(request, len(levels) - 1) as stepped:
+                latents = self._sample(velocity, noised, levels, entropy, request, stepped)
+        return self._decode(latents, request, clock)
 
     def _sample(
         self,
@@ -272,10 +277,6 @@ class VideoToVideoModel(StageModel):
         if request.negative_prompt == self._embedded_negative_prompt:
             return self.negative_y
         return self.encode_text(request.negative_prompt)
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def _required(inputs: Mapping[str, Any], name: str) -> Tensor:

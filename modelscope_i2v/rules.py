@@ -128,9 +128,15 @@ def optional(rule: Rule) -> Rule:
     return Rule(f"{rule.allowed}, or none", lambda value: None if value is None else rule.convert(value))
 
 
+def nearest(name: Any, known: Iterable[str]) -> str | None:
+    """The known name that an unknown one resembles, if it does."""
+    by_lower_case = {each.lower(): each for each in known}
+    near = difflib.get_close_matches(str(name).lower(), by_lower_case, n=1, cutoff=0.7)
+    return by_lower_case[near[0]] if near else None
+
+
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
     """A hint at the known name nearest to an unknown one, and all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1)
-    names = ", ".join(known)
-    return f"; did you mean {near[0]!r}? Known are {names}" if near else f"; known are {names}"
+    near, names = nearest(name, known), ", ".join(known)
+    return f"; known are {names}" if near is None else f"; did you mean {near!r}? Known are {names}"

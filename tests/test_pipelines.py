@@ -301,6 +301,18 @@ def test_settings_as_keywords_of_the_pipeline(small_model, picture):
     assert read_video(video_bytes(pipe(str(picture), seed=4))).metadata["seed"] == "4"  # the call goes first
 
 
+def test_a_slip_in_the_pipelines_keywords_is_pointed_out(small_model, caplog):
+    import logging
+
+    logger = logging.getLogger("modelscope")
+    logger.addHandler(caplog.handler)
+    try:
+        pipeline("image-to-video", model=str(small_model[0]), device="cpu", step=1)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "did you mean 'steps'?" in caplog.text
+
+
 def test_callbacks_see_every_step(i2v, v2v, picture, clip):
     calls = []
     i2v(str(picture), steps=3, callback=lambda step, t, latents: calls.append((step, t, latents.shape)))

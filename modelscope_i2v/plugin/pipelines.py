@@ -20,7 +20,7 @@ from ..preprocessing import to_frames
 from ..progress import PhaseClock
 from ..provenance import FIRST_STAGE, from_metadata, record, to_metadata
 from ..request import Request, check_keywords, keywords_of
-from ..rules import integer, optional
+from ..rules import integer, nearest, optional
 from ..video import Video, check_writable, encode_video, read_video, write_video
 from .models import ImageToVideoModel, StageModel, VideoToVideoModel
 from .preprocessors import ImageToVideoPreprocessor, VideoToVideoPreprocessor
@@ -65,6 +65,13 @@ class StagePipeline(Pipeline):
         else:
             needed, got = self.model_class.__name__, type(model).__name__
             raise InvalidInputError(f"{stage}: a model folder or a {needed} is needed, got {got}")
+        for name in kwargs:  # ModelScope's own, or a slip of the pen
+            near = nearest(name, [*model.cfg.names(), *keywords_of(stage)])
+            if near is not None:
+                logger.warning(
+                    f"{stage}: the keyword {name!r} is ModelScope's or unknown; did you mean {near!r}?"
+                )
+        kwargs.pop("auto_collate", None)
         if preprocessor is None:
             preprocessor = self.preprocessor_class(transform=model.vid_trans)
         super().__init__(model=model, preprocessor=preprocessor, device=device, auto_collate=False, **kwargs)

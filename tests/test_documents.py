@@ -1,0 +1,94 @@
+"""What the documents say is so: tests that they name, settings, commands, and code."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from modelscope_i2v import cli
+from modelscope_i2v.configuration import RULES, SETTINGS_OF_STAGE
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RELIABILITY = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+ARCHITECTURES = {"UNet", "auto_encoder", "embedder"}
+
+
+def rows(text: str, header: str) -> list[list[str]]:
+    """The cells of the table whose header line begins so."""
+    lines = text[text.index(f"\n{header}") + 1 :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines[2:]]
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+# Reliability
+
+
+def promises() -> list[list[str]]:
+    return [row for row in rows(RELIABILITY, "| promise | test |") if not row[0].startswith("**")]
+
+
+def test_every_promise_names_a_test_that_is_there():
+    assert len(promises()) > 30
+    names = set()
+    for promise, tests in promises():
+        named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", tests)
+        assert named and len(named) == tests.count("`") // 2, f"{promise}: {tests}"
+        names.update(named)
+    for file, name in sorted(names):
+        tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
+        defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert name in defined, f"{file}::{name}"
+
+
+def test_limits_are_as_documented():
+    settings = [each() for each in SETTINGS_OF_STAGE.values()]
+    table = "\n".join(" | ".join(row) for row in rows(RELIABILITY, "| of | default | raised by |"))
+    for name in ("limit_pixels", "limit_frames", "limit_steps"):
+        (value,) = {getattr(each, name) for each in settings}
+        assert re.search(rf"\b{value:,}\b.*`{name}`", table), name
+        (cells,) = [row for row in rows(README, "| key | default") if f"`{name}`" in row[0]]
+        assert re.search(rf"\b{value}\b", cells[1]), name
+
+
+# README
+
+
+def test_the_settings_table_has_every_key_and_no_other():
+    keys = [key for row in rows(README, "| key | default") for key in re.findall(r"`(\w+)`", row[0])]
+    assert len(keys) == len(set(keys))
+    assert set(keys) == {*RULES, *ARCHITECTURES, "Seed"}  # which is another spelling of seed
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_the_settings_table_has_the_defaults(name):
+    """Where the table gives one value, or one for each stage."""
+    (cells,) = [row for row in rows(README, "| key | default") if f"`{name}`" in row[0]]
+    in_code = [getattr(each(), name) for each in SETTINGS_OF_STAGE.values() if name in each.names()]
+    shown = {json.dumps(value).strip('"') for value in in_code}
+    if None in in_code or name.endswith("_prompt"):
+        assert re.search("none|published|solver_mode", cells[1])
+    else:
+        assert all(re.search(rf"(^|\W){re.escape(value)}(\W|$)", cells[1]) for value in shown), cells
+
+
+def test_its_two_commands_are_those_that_are_run():
+    demo, test = (block.strip() for block in code_blocks("sh")[:2])
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert test in lines
+    install, command = demo.split(" && ")
+    assert install == "pip install ." and command in {f"modelscope-i2v {each.name}" for each in cli.COMMANDS}
+
+
+def test_its_code_compiles():
+    blocks = code_blocks("python")
+    assert len(blocks) >= 3
+    for block in blocks:
+        compile(block, "README.md", "exec")

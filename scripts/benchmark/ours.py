@@ -1,0 +1,92 @@
+"""This package's side. All that the benchmark knows of the package's models is here, and is public."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelscope_i2v.latents import decode_video, encode_video
+from modelscope_i2v.plugin.models import ImageToVideoModel, VideoToVideoModel
+from modelscope_i2v.precision import precision_name
+from modelscope_i2v.request import Request
+
+from .sizes import Case
+from .timing import Enough
+
+
+class Ours:
+    """One stage's model, loaded from a folder."""
+
+    def __init__(self, folder: Path, case: Case, device: torch.device, precision: str):
+        self.case, self.device = case, device
+        model_type = ImageToVideoModel if case.stage == 1 else VideoToVideoModel
+        # Left to itself, a small GPU would have the networks take turns on it.
+        options = {"device": str(device), "precision": precision, "low_memory": False}
+        self.model = model_type(str(folder), **options)
+        if case.stage == 2:
+            self.model.negative_y = case.negative_y
+
+    @property
+    def precision(self) -> str:
+        return precision_name(self.model.dtype)
+
+    @torch.no_grad()
+    def velocity(self, t: int) -> Tensor:
+        """The UNet's prediction [1, 4, F, h, w] for the case's noise."""
+        conditioning = {"y": self.case.y.to(self.device)}
+        if self.case.stage == 1:
+            conditioning["fps"] = torch.tensor([self.case.settings.target_fps], device=self.device)
+        timesteps = torch.tensor([t], device=self.device)
+        return self.model.generator(self.case.noise.to(self.device), timesteps, **conditioning)
+
+    @torch.no_grad()
+    def encode(self) -> Tensor:
+        """The latent [1, 4, F, h, w] of the case's frames."""
+        case = self.case
+        latent = tuple(case.noise.shape[3:])
+        noise = case.posterior_noise
+        return encode_video(self.model.autoencoder, case.frames, case.pixels, latent, noise)
+
+    @torch.no_grad()
+    def decode(self) -> Tensor:
+        """The video [1, 3, F, H, W] of the case's latents."""
+        latents = self.case.latents.to(self.device)
+        return decode_video(self.model.autoencoder, latents, self.case.pixels, self.model.cfg.decoder_bs)
+
+    def generate(self, steps: int, solver_mode: str = "fast") -> Tensor:
+        """The whole stage: a video [1, 3, F, H, W]."""
+        return self._run(steps=steps, solver_mode=solver_mode)
+
+    def step(self, watch: Any) -> None:
+        """One guided step, the second of a generation, between ``watch.start()`` and ``watch.stop()``.
+
+        It is what happens between two calls of a request's callback, and so whatever the models do in a
+        step; what they do once for a generation is not part of it.
+        """
+        calls = 0
+
+        def stepped(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                watch.start()
+            else:
+                watch.stop()
+                raise Enough
+
+        with suppress(Enough):
+            self._run(callback=stepped)
+
+    def _run(self, **keywords: Any) -> Tensor:
+        case = self.case
+        if case.stage == 1:
+            keywords.pop("solver_mode", None)
+            inputs: dict[str, Any] = {"vit_frame": case.image}
+        else:
+            inputs = {"video_data": case.frames, "y": case.y, "posterior_noise": case.posterior_noise}
+        request = Request.resolve(self.model.cfg, {"progress": False, **keywords})
+        return self.model({**inputs, "noise": case.noise, "request": request})

@@ -1,0 +1,254 @@
+"""``scripts/benchmark``: every row has a number or a reason, and what does not agree is not compared."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+sys.path.append(str(SCRIPTS))
+
+from benchmark import rows as benchmark_rows  # noqa: E402
+from benchmark.command import build_parser, main  # noqa: E402
+from benchmark.folders import lacks_disk, read_settings, write_configuration, write_weights  # noqa: E402
+from benchmark.loading import LoadingFailed  # noqa: E402
+from benchmark.operations import kind_of  # noqa: E402
+from benchmark.ours import Ours  # noqa: E402
+from benchmark.report import table  # noqa: E402
+from benchmark.rows import DisagreementError, compare, row_names  # noqa: E402
+from benchmark.sizes import TINY, draw_case  # noqa: E402
+from benchmark.stock import Stock, stand_ins  # noqa: E402
+from benchmark.timing import Missing, Row, Samples, in_turn  # noqa: E402
+
+CPU = torch.device("cpu")
+#: What the stock modules import; none of it may be left behind where it is not installed.
+STAND_INS = ("xformers", "fairscale", "rotary_embedding_torch")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """At this size threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What ``--folder`` is given; the weights of size tiny are in it."""
+    root = tmp_path_factory.mktemp("benchmark")
+    tiny = root / "tiny"
+    write_configuration(tiny, TINY)
+    for stage in (1, 2):
+        write_weights(tiny, read_settings(tiny, stage))
+    return root
+
+
+@pytest.fixture(scope="module")
+def sides(folder) -> dict[int, tuple[Stock, Ours]]:
+    """Both sides of each stage."""
+    cases = {stage: draw_case(stage, read_settings(folder / "tiny", stage)) for stage in (1, 2)}
+    return {
+        stage: (Stock(folder / "tiny", case, CPU), Ours(folder / "tiny", case, CPU, "fp32"))
+        for stage, case in cases.items()
+    }
+
+
+def cells_of(text: str) -> dict[str, list[str]]:
+    """The cells of each line of a Markdown table, by the first."""
+    lines = [line for line in text.splitlines() if line.startswith("| stage")]
+    return {
+        cells[0]: cells[1:] for cells in ([cell.strip() for cell in line[1:-1].split("|")] for line in lines)
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_every_row_has_a_number_or_a_reason(folder, stage, monkeypatch, tmp_path, capsys):
+    def loaded(side, *_):
+        if side == "stock":
+            raise LoadingFailed("no such file")
+        return {"seconds": 0.5, "host_mib": 100.0}
+
+    monkeypatch.setattr(benchmark_rows, "load_in_fresh_process", loaded)
+    path = tmp_path / "table.md"
+    arguments = ["--size", "tiny", "--device", "cpu", "--threads", "1", "--stage", str(stage), "--profile"]
+    assert main([*arguments, "--repeats", "1", "--folder", str(folder), "--markdown", str(path)]) == 0
+    captured = capsys.readouterr()
+    assert path.read_text(encoding="utf-8").strip() == captured.out.strip()
+    for side in ("stock", "ours"):
+        assert f"stage {stage}, one guided step, {side}: " in captured.err
+    for kind in ("convolution", "linear", "attention", "norm", "elementwise", "copies"):
+        assert captured.err.count(f"  {kind} ") == 2
+    found = cells_of(path.read_text(encoding="utf-8"))
+    names = row_names(stage, TINY)
+    assert list(found) == [name for kind in benchmark_rows.KINDS for name in names[kind]]
+    for kind in ("step", "encode", "decode", "stage"):
+        for name in names[kind]:
+            stock, ours, ratio, difference = found[name]
+            assert stock.endswith(" s") and ours.endswith(" s")
+            assert float(ratio) > 0 and float(difference) < 1e-4
+    seconds, host = names["loading"]
+    assert found[seconds] == ["- (no such file)", "0.500 (0.500-0.500) s", "-", "-"]
+    assert found[host][:2] == ["- (no such file)", "100 (100-100) MiB"]
+    assert found[names["memory"][0]] == ["- (needs a CUDA device)"] * 2 + ["-", "-"]
+
+
+def test_loading_is_measured_in_a_fresh_process(folder, monkeypatch):
+    measured = benchmark_rows.load_in_fresh_process("ours", folder / "tiny", 1, CPU, "fp32")
+    assert measured["seconds"] > 0
+    settings = read_settings(folder / "tiny", 1)
+    unet = (folder / "tiny" / settings.ckpt_unet).stat().st_size
+    assert unet < measured["host_mib"] * 2**20 < 2**30
+    monkeypatch.setattr(sys, "executable", str(folder / "tiny" / "failing"))
+    Path(sys.executable).write_text("#!/bin/sh\necho Traceback >&2; echo 'OSError: why' >&2; exit 1\n")
+    Path(sys.executable).chmod(0o755)
+    with pytest.raises(LoadingFailed, match="^OSError: why$"):
+        benchmark_rows.load_in_fresh_process("ours", folder / "tiny", 1, CPU, "fp32")
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "part"),
+    [
+        (1, "step", "generator.input_blocks.1.0.temopral_conv.conv4.3.weight"),
+        (2, "step", "generator.middle_block.1.transformer_blocks.0.attn2.to_k.weight"),
+        (1, "decode", "autoencoder.decoder.up.0.block.0.conv1.weight"),
+        (2, "encode", "autoencoder.encoder.down.1.block.0.norm1.bias"),
+        (1, "stage", "clip.model.visual.proj"),
+    ],
+)
+def test_a_changed_weight_is_noticed(sides, stage, kind, part):
+    stock, ours = sides[stage]
+    attribute, _, name = part.partition(".")
+    weight = getattr(stock, attribute).get_parameter(name).data
+    original = weight.clone()
+    weight.mul_(1.01).add_(0.01)
+    with pytest.raises(DisagreementError, match=f"{kind}: the outputs of the two sides differ"):
+        compare(stock, ours, [kind])
+    weight.copy_(original)
+    assert compare(stock, ours, [kind])[kind] < 1e-4
+
+
+def test_a_disagreement_ends_the_benchmark(folder, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_rows, "TOLERANCE", 0.0)
+    arguments = ["--size", "tiny", "--device", "cpu", "--stage", "1", "--rows", "decode"]
+    assert main([*arguments, "--folder", str(folder)]) == 1
+    captured = capsys.readouterr()
+    assert not captured.out and "decode: the outputs of the two sides differ by" in captured.err
+
+
+def test_the_stand_ins_are_taken_away_again():
+    def left() -> dict[str, object]:
+        held = (*STAND_INS, "modelscope.models.multi_modal.image_to_video.")
+        return {name: module for name, module in sys.modules.items() if name.startswith(held)}
+
+    before = left()
+    with stand_ins(CPU) as names:
+        import xformers.ops
+
+        assert "xformers" in names and sys.modules["xformers.ops"] is xformers.ops
+        import modelscope.models.multi_modal.image_to_video.modules  # noqa: F401
+    assert left() == before
+    with pytest.raises(ZeroDivisionError), stand_ins(CPU):
+        _ = 1 / 0
+    assert left() == before
+
+
+def test_without_the_stock_ours_is_measured_alone(folder, monkeypatch, capsys):
+    def missing(*_):
+        raise ImportError("No module named 'stock'")
+
+    monkeypatch.setattr("benchmark.stock.import_stock", missing)
+    monkeypatch.setattr("benchmark.report.import_stock", missing)
+    arguments = ["--size", "tiny", "--device", "cpu", "--stage", "2", "--rows", "encode", "--repeats", "1"]
+    assert main([*arguments, "--folder", str(folder)]) == 0
+    stock, ours, ratio, difference = cells_of(capsys.readouterr().out)["stage 2: VAE encode"]
+    assert "No module named 'stock'" in stock and ours.endswith(" s") and ratio == difference == "-"
+
+
+def test_too_little_device_memory_is_a_reason(folder, monkeypatch, capsys):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+    monkeypatch.setattr(benchmark_rows, "Stock", full)
+    arguments = ["--size", "tiny", "--device", "cpu", "--stage", "1", "--rows", "memory,step"]
+    assert main([*arguments, "--folder", str(folder)]) == 0
+    assert cells_of(capsys.readouterr().out) == {
+        "stage 1: one guided step": ["- (CUDA out of memory)"] * 2 + ["-", "-"],
+        "stage 1: peak device memory": ["- (needs a CUDA device)"] * 2 + ["-", "-"],
+    }
+
+
+def test_too_little_disk_is_a_reason(folder, monkeypatch, tmp_path):
+    write_configuration(tmp_path, TINY)
+    settings = read_settings(tmp_path, 1)
+    assert lacks_disk(tmp_path, settings) == ""
+    usage = argparse.Namespace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    assert "its files need 0.4 GB of disk, 0.0 GB are free" in lacks_disk(tmp_path, settings)
+    assert lacks_disk(folder / "tiny", settings) == ""  # they are there already
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"),
+    [
+        ("aten::mkldnn_convolution", "convolution"),
+        ("aten::slow_conv3d_forward", "convolution"),
+        ("aten::cudnn_convolution", "convolution"),
+        ("aten::addmm", "linear"),
+        ("aten::mm", "linear"),
+        ("aten::add_", "elementwise"),
+        ("aten::silu", "elementwise"),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("aten::bmm", "attention"),
+        ("aten::native_group_norm", "norm"),
+        ("aten::copy_", "copies"),
+        ("aten::cat", "copies"),
+        ("aten::upsample_nearest2d", "copies"),
+        ("aten::empty", "other"),
+    ],
+)
+def test_operations_are_told_apart(operation, kind):
+    assert kind_of(operation) == kind
+
+
+def test_the_sides_are_measured_in_turn():
+    order = []
+
+    def run(side: str, seconds: float) -> float:
+        order.append(side)
+        return seconds
+
+    stock, ours = in_turn(lambda: run("stock", 3.0), lambda: run("ours", 2.0), repeats=2)
+    assert order == ["stock", "ours"] * 3  # once to warm up
+    assert stock == Samples((3.0, 3.0)) and ours == Samples((2.0, 2.0))
+
+
+def test_the_table_gives_medians_and_their_ratio():
+    rows = [
+        Row("stage 1: a", Samples((9.0, 3.0, 4.0)), Samples((2.0, 2.5, 1.0)), 1.5e-6),
+        Row("stage 1: b", Missing("why not"), Samples((1.0,), "MiB")),
+    ]
+    found = cells_of(table(rows, "fp32", "bf16"))
+    assert found["stage 1: a"] == ["4 (3-9) s", "2 (1-2.5) s", "2.00", "1.5e-06"]
+    assert found["stage 1: b"] == ["- (why not)", "1 (1-1) MiB", "-", "-"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--repeats", "0"], ["--rows", "step,speed"], ["--device", "abacus"], ["--size", "large"]]
+)
+def test_what_cannot_be_measured_is_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_the_options_are_described():
+    text = build_parser().format_help()
+    for option in ("--size", "--device", "--precision", "--stage", "--repeats", "--markdown", "--profile"):
+        assert option in text

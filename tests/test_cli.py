@@ -19,8 +19,8 @@ from conftest import TINY_SETTINGS
 from modelscope_i2v import __version__, cli, demo_model, small_model
 from modelscope_i2v.cli import main
 from modelscope_i2v.configuration import PRECISION_CHOICES
-from modelscope_i2v.images import open_image
-from modelscope_i2v.video import read_video, write_video
+from modelscope_i2v.media.images import open_image
+from modelscope_i2v.media.video import read_video, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SIZE, SECOND_SIZE = (64, 128), (80, 128)  # of TINY_SETTINGS: height, width
@@ -347,7 +347,7 @@ def test_a_run_that_is_broken_off_leaves_nothing(
 
 
 def test_a_bug_is_not_hidden(monkeypatch, picture):
-    monkeypatch.setattr("modelscope_i2v.images.open_image", lambda source: 1 / 0)
+    monkeypatch.setattr("modelscope_i2v.media.images.open_image", lambda source: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["generate", str(picture), "-o", "out.mp4"])
 

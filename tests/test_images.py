@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from modelscope_i2v import images
 from modelscope_i2v.errors import InvalidInputError
-from modelscope_i2v.images import open_image
+from modelscope_i2v.media import images
+from modelscope_i2v.media.images import open_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 
-from modelscope_i2v.video import read_video
+from modelscope_i2v.media.video import read_video
 
 ONE_STAGE = """\
 from modelscope.pipelines import pipeline

@@ -19,7 +19,7 @@ from sample_videos import moving_frames
 
 from modelscope_i2v.checkpoints import open_checkpoint
 from modelscope_i2v.errors import CheckpointError, MissingFileError
-from modelscope_i2v.video import read_video, write_video
+from modelscope_i2v.media.video import read_video, write_video
 
 STAGES = ("image-to-video", "video-to-video")
 

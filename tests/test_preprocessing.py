@@ -11,7 +11,7 @@ from conftest import load_fixture, load_json
 from PIL import Image
 
 from modelscope_i2v.errors import InvalidInputError
-from modelscope_i2v.images import MAX_PIXELS
+from modelscope_i2v.media.images import MAX_PIXELS
 from modelscope_i2v.preprocessing import (
     CLIP_MEAN,
     CLIP_STD,

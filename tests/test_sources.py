@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from PIL import Image
 
-from modelscope_i2v import sources
 from modelscope_i2v.errors import InvalidInputError, MissingFileError
-from modelscope_i2v.images import open_image
-from modelscope_i2v.sources import read_source, redact_url
+from modelscope_i2v.media import sources
+from modelscope_i2v.media.images import open_image
+from modelscope_i2v.media.sources import read_source, redact_url
 
 SECRETS = ("secret", "token", "user", "anchor")
 

@@ -13,10 +13,10 @@ from modelscope.outputs import OutputKeys
 from modelscope.pipelines import pipeline
 from PIL import Image
 
-from modelscope_i2v.contact_sheet import contact_sheet
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError
+from modelscope_i2v.media.contact_sheet import contact_sheet
+from modelscope_i2v.media.video import read_metadata, read_video
 from modelscope_i2v.provenance import FIRST_STAGE, from_metadata, keywords_like
-from modelscope_i2v.video import read_metadata, read_video
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from stage_pipelines import STAGES, built, video_of
 
 from modelscope_i2v import provenance
 from modelscope_i2v.errors import CheckpointError, InvalidInputError, MissingFileError, OutputError
-from modelscope_i2v.video import encode_video, read_metadata, read_video
+from modelscope_i2v.media.video import encode_video, read_metadata, read_video
 
 
 @pytest.fixture(scope="module")

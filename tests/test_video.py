@@ -19,9 +19,16 @@ import numpy as np
 import pytest
 from sample_videos import FRAMES, moving_frames, psnr
 
-from modelscope_i2v import video_writing
 from modelscope_i2v.errors import InvalidInputError, OutputError
-from modelscope_i2v.video import Video, check_writable, encode_video, read_metadata, read_video, write_video
+from modelscope_i2v.media import video_writing
+from modelscope_i2v.media.video import (
+    Video,
+    check_writable,
+    encode_video,
+    read_metadata,
+    read_video,
+    write_video,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -187,7 +194,7 @@ CHILD = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import hashlib, numpy as np
-from modelscope_i2v.video import encode_video
+from modelscope_i2v.media.video import encode_video
 frames = np.frombuffer(sys.stdin.buffer.read(), np.uint8).reshape(6, 240, 320, 3)
 print(hashlib.sha256(encode_video(frames, metadata={"b": "2", "a": "1"})).hexdigest())
 """
@@ -287,7 +294,7 @@ def test_encode_video_leaves_nothing(tmp_path, monkeypatch, mp4):
 
 ENDLESS = """
 import sys, time, numpy as np
-from modelscope_i2v.video import write_video
+from modelscope_i2v.media.video import write_video
 def frames():
     rng = np.random.default_rng(0)
     while True:

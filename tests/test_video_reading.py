@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from sample_videos import FRAMES, foreign_file, moving_frames, psnr, with_display_matrix
 
-from modelscope_i2v import video_reading
 from modelscope_i2v.errors import InvalidInputError, MissingFileError
-from modelscope_i2v.video import encode_video, read_metadata, read_video
+from modelscope_i2v.media import video_reading
+from modelscope_i2v.media.video import encode_video, read_metadata, read_video
 
 
 @pytest.fixture(scope="module")

@@ -43,8 +43,8 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     let_waiting_threads_sleep()
-    from ..images import open_image
-    from ..video import check_writable
+    from ..media.images import open_image
+    from ..media.video import check_writable
 
     first, second = (os.path.join(arguments.output, name) for name in ("i2v_output.mp4", "v2v_output.mp4"))
     for path in (first, second):

@@ -38,8 +38,8 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from ..images import open_image
-    from ..video import check_writable, write_video
+    from ..media.images import open_image
+    from ..media.video import check_writable, write_video
 
     check_writable(arguments.output)
     if arguments.keep_first is not None:
@@ -69,9 +69,9 @@ def _keywords_like(path: str | None) -> tuple[dict[str, Any], dict[str, Any] | N
     """The keywords that made a video, of each stage."""
     if path is None:
         return {}, None
+    from ..media.sources import source_name
+    from ..media.video import read_metadata
     from ..provenance import keywords_like
-    from ..sources import source_name
-    from ..video import read_metadata
 
     return keywords_like(read_metadata(path), source_name(path))
 

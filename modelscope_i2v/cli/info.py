@@ -13,9 +13,9 @@ def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _info(arguments: argparse.Namespace) -> None:
     from ..errors import InvalidInputError
+    from ..media.sources import source_name
+    from ..media.video import read_metadata
     from ..provenance import FIRST_STAGE, from_metadata
-    from ..sources import source_name
-    from ..video import read_metadata
 
     entries = from_metadata(read_metadata(arguments.video))
     if not entries:

@@ -27,7 +27,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _preview(arguments: argparse.Namespace) -> None:
-    from ..images import open_image
+    from ..media.images import open_image
     from ..request import check_keywords
 
     for seed in arguments.seeds:

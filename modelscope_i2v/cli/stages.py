@@ -68,7 +68,7 @@ class Stage:
         """Make the video ``output`` of an image or a video, and say what it is."""
         from modelscope.outputs import OutputKeys
 
-        from ..video import read_video
+        from ..media.video import read_video
 
         start = time.monotonic()
         with quiet(debug):

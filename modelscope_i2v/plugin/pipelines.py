@@ -13,15 +13,15 @@ from modelscope.pipelines.builder import PIPELINES, pipeline
 from modelscope.utils.logger import get_logger
 
 from ..configuration import SECOND_STAGE_SECTION, SETTINGS_OF_STAGE, read_configuration
-from ..contact_sheet import contact_sheet
 from ..errors import ConfigurationError, InvalidInputError
+from ..media.contact_sheet import contact_sheet
+from ..media.video import Video, check_writable, encode_video, read_video, write_video
 from ..precision import precision_name
 from ..preprocessing import to_frames
 from ..progress import PhaseClock
 from ..provenance import FIRST_STAGE, from_metadata, record, to_metadata
 from ..request import Request, check_keywords, keywords_of
 from ..rules import integer, nearest, optional
-from ..video import Video, check_writable, encode_video, read_video, write_video
 from .models import ImageToVideoModel, StageModel, VideoToVideoModel
 from .preprocessors import ImageToVideoPreprocessor, VideoToVideoPreprocessor
 from .registration import (

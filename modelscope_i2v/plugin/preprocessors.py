@@ -8,9 +8,9 @@ from modelscope.preprocessors.base import Preprocessor
 from modelscope.preprocessors.builder import PREPROCESSORS
 from torch import Tensor
 
-from ..images import open_image
+from ..media.images import open_image
+from ..media.video import Video, read_video
 from ..preprocessing import ClipImageTransform, VideoTransform
-from ..video import Video, read_video
 from .registration import (
     IMAGE_TO_VIDEO_PREPROCESSOR,
     PREPROCESSOR_GROUP,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .errors import I2VError, InvalidInputError
+from ..errors import I2VError, InvalidInputError
 from .sources import describe_content, read_source, source_name
 
 logger = logging.getLogger(__name__)

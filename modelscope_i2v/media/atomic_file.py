@@ -17,7 +17,7 @@ import zlib
 from contextlib import contextmanager, suppress
 from typing import Any, Iterator
 
-from .errors import OutputError
+from ..errors import OutputError
 from .sources import source_name, url_scheme
 
 logger = logging.getLogger(__name__)

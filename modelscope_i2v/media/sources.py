@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 from urllib.request import url2pathname
 
-from .errors import InvalidInputError, MissingFileError, MissingPackageError
+from ..errors import InvalidInputError, MissingFileError, MissingPackageError
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
+from ..errors import InvalidInputError, OutputError
 from .atomic_file import atomic_file, check_replaceable, local_path, temporary_file
-from .errors import InvalidInputError, OutputError
 
 logger = logging.getLogger(__name__)
 

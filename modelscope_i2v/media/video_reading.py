@@ -16,7 +16,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from .errors import I2VError, InvalidInputError
+from ..errors import I2VError, InvalidInputError
 from .sources import describe_content, open_source, source_name
 
 logger = logging.getLogger(__name__)

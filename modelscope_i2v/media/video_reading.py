@@ -34,6 +34,8 @@ _FORMATS = (
 )  # fmt: skip
 _MAX_FAILURES = 100  # packets in a row that do not decode, before the rest of a damaged file is given up
 _ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: a recording's cover, which is no video
+# PyAV 19 dropped the option: it always keeps what is not UTF-8 as lone surrogates.
+_METADATA_OPTIONS = {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
 _BRANDS = ("major_brand", "minor_version", "compatible_brands")  # MP4's own, not the author's
 # Frames' and swscale's numbers for BT.709, FCC, SMPTE 240M and BT.2020 are the same (PyAV 14 has no name for
 # the last); all else is taken as BT.601, as ffmpeg does.
@@ -104,7 +106,7 @@ def _open_container(source: Any) -> Iterator[tuple[Any, str]]:
                 "r",
                 container_options=options,
                 io_open=_refuse_nested,
-                metadata_errors="replace",
+                **_METADATA_OPTIONS,
             )
         except Exception as error:
             raise InvalidInputError(
@@ -126,7 +128,13 @@ def _words(error: BaseException) -> str:
 
 
 def _metadata(container: Any) -> dict[str, str]:
-    return {key: value for key, value in container.metadata.items() if key not in _BRANDS}
+    entries = {_as_unicode(key): _as_unicode(value) for key, value in container.metadata.items()}
+    return {key: value for key, value in entries.items() if key not in _BRANDS}
+
+
+def _as_unicode(text: str) -> str:
+    """With what was not UTF-8 in the file replaced."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _video_stream(container: Any, name: str) -> Any:

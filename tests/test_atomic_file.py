@@ -210,8 +210,12 @@ with atomic_file(sys.argv[1]) as temporary, open(temporary, "wb", buffering=0) a
 """
 
 
+# A child of something that runs in the background ignores SIGINT from the start, and Python then goes on so.
+HEAR_INTERRUPTS = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+
+
 def python(code: str, *args) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=ROOT)
+    return subprocess.Popen([sys.executable, "-c", HEAR_INTERRUPTS + code, *map(str, args)], cwd=ROOT)
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
@@ -226,7 +230,7 @@ def test_a_killed_process(tmp_path, sent, old):
         assert time.monotonic() < deadline and child.poll() is None
         time.sleep(0.005)
     child.send_signal(sent)
-    child.wait()
+    child.wait(timeout=30)
     names = {p.name for p in tmp_path.iterdir()} - {"a"}
     assert len(names) == (1 if sent == signal.SIGKILL else 0)
     assert (path.read_bytes() if path.exists() else None) == old

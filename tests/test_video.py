@@ -292,8 +292,10 @@ def test_encode_video_leaves_nothing(tmp_path, monkeypatch, mp4):
         encode_video(FRAMES)
 
 
+# A child of something that runs in the background ignores SIGINT from the start, and Python then goes on so.
 ENDLESS = """
-import sys, time, numpy as np
+import signal, sys, time, numpy as np
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from modelscope_i2v.media.video import write_video
 def frames():
     rng = np.random.default_rng(0)
@@ -318,7 +320,7 @@ def test_killed_while_encoding(tmp_path, sent, old, delay):
         time.sleep(0.005)
     time.sleep(delay)
     child.send_signal(getattr(signal, f"SIG{sent}"))
-    child.wait()
+    child.wait(timeout=30)
     assert (path.read_bytes() if path.exists() else None) == old
     assert len(list(tmp_path.glob(".i2v-*"))) == (sent == "KILL")
     write_video(FRAMES[:1], path)

@@ -95,7 +95,7 @@ setup(
         "torchsde>=0.2.6",
         "numpy",
         "Pillow>=10",
-        "av>=12",
+        "av>=13",
         "safetensors",
         "tqdm",
         "requests",

@@ -138,7 +138,7 @@ def _as_unicode(text: str) -> str:
 
 
 def _video_stream(container: Any, name: str) -> Any:
-    streams = [s for s in container.streams.video if not int(_disposition(s)) & _ATTACHED_PICTURE]
+    streams = [s for s in container.streams.video if not _disposition(s) & _ATTACHED_PICTURE]
     if not streams:
         # Not by each stream's own type: asking an unknown one for it crashes PyAV 14.
         kinds = [kind for kind in ("audio", "subtitles", "data") if getattr(container.streams, kind)]
@@ -154,8 +154,9 @@ def _video_stream(container: Any, name: str) -> Any:
     return stream
 
 
-def _disposition(stream: Any) -> Any:
-    return getattr(stream, "disposition", None) or 0  # PyAV 14 does not tell
+def _disposition(stream: Any) -> int:
+    flags = getattr(stream, "disposition", 0) or 0  # PyAV 14 does not tell
+    return int(getattr(flags, "value", flags))  # PyAV 15 to 17.0 have an enumeration that is no number
 
 
 def _check_side(width: int, height: int, name: str) -> None:

@@ -122,7 +122,7 @@ def test_after_a_failure_anywhere_the_next_call_is_as_ever(
         got = outcome_of(lambda: pipes[stage](inputs[stage], output_video=str(path), **keywords))
     assert got is not None and issubclass(got, OutputError if got is OutputError else raised)
     assert (got is OutputError) == (phase == "writing" and raised is not KeyboardInterrupt)
-    assert tensor_bytes() == idle_bytes
+    assert tensor_bytes() <= idle_bytes
     assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == {"video.mp4": b"old"}
     assert video_of(pipes[stage](inputs[stage], output_video=str(path))) == expected[stage]
 

@@ -29,7 +29,8 @@ MAX_SAFETENSORS_HEADER_BYTES = 32 * 2**20
 _LEGACY_MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL_VERSION = 1001
 
-_SAFETENSORS_DTYPES = {
+#: Torch's names of what a safetensors file calls a dtype.
+SAFETENSORS_DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -238,7 +239,7 @@ def _safetensors_entry(key: str, entry: Any) -> tuple[StoredTensor, int, int]:
         raise damaged
     if len(offsets) != 2 or not all(type(value) is int and value >= 0 for value in [*shape, *offsets]):
         raise damaged
-    dtype = DTYPES.get(_SAFETENSORS_DTYPES.get(dtype_name, ""))
+    dtype = DTYPES.get(SAFETENSORS_DTYPES.get(dtype_name, ""))
     if dtype is None:
         raise CheckpointError(f"its tensor {key[:80]!r} has the unknown dtype {dtype_name[:16]!r}")
     first, last = offsets

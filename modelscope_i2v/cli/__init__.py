@@ -15,13 +15,14 @@ from typing import Sequence
 from .. import __version__
 from ..errors import ConfigurationError, I2VError, InvalidInputError, MissingFileError, MissingPackageError
 from .command import PROGRAM
+from .convert import CONVERT
 from .demo import DEMO
 from .doctor import DOCTOR
 from .generate import GENERATE
 from .info import INFO
 from .preview import PREVIEW
 
-COMMANDS = (DEMO, GENERATE, PREVIEW, INFO, DOCTOR)
+COMMANDS = (DEMO, GENERATE, PREVIEW, INFO, CONVERT, DOCTOR)
 
 #: The user's to correct, as a wrong argument is; other errors of ours exit with 1.
 _EXIT_WITH_2 = (InvalidInputError, ConfigurationError, MissingFileError, MissingPackageError)

@@ -41,6 +41,12 @@ def relative_error(ours: torch.Tensor, reference) -> float:
     return ((ours - reference).norm() / reference.norm()).item()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """These networks are too small to share out: on a busy machine their threads only wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> tuple[Path, Path]:
     """The folders of stage one and stage two of a tiny model. Do not write into them."""

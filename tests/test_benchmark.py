@@ -29,15 +29,6 @@ CPU = torch.device("cpu")
 STAND_INS = ("xformers", "fairscale", "rotary_embedding_torch")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """At this size threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """What ``--folder`` is given; the weights of size tiny are in it."""

@@ -20,15 +20,6 @@ TINY = {
 TOWERS = {"image": ClipImageEncoder, "text": ClipTextEncoder}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These networks are too small to share out: on a busy machine their threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def without_gradients():
     with torch.no_grad():

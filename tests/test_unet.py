@@ -11,44 +11,31 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_fixture, load_json, relative_error
+from tiny_networks import STAGE_TWO, STAGES, TINY, built, inputs_of, normal, with_random_weights
 from torch import nn
 
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError
 from modelscope_i2v.models.attention import ATTENTION_CHOICES, sdpa_attention, select_attention
-from modelscope_i2v.models.unet import (
+from modelscope_i2v.models.conditioning import Conditioning
+from modelscope_i2v.models.transformers import (
     GEGLU,
     Attention,
-    Conditioning,
-    Downsample,
-    ResidualBlock,
     SpatialTransformer,
-    TemporalConvolution,
     TemporalTransformer,
     TransformerBlock,
+)
+from modelscope_i2v.models.unet import (
+    Downsample,
+    ResidualBlock,
+    TemporalConvolution,
     UNet,
     UNetConfig,
     Upsample,
     sinusoidal_embedding,
 )
-from modelscope_i2v.small_model import random_state_dict, random_weight
+from modelscope_i2v.small_model import random_weight
 
-STAGE_TWO = {"image_conditioned": False, "row_padding": 2}
-STAGES = {"unet_i2v": {}, "unet_v2v": STAGE_TWO}
-
-TINY = {
-    "dim": 32, "y_dim": 24, "context_dim": 24, "dim_mult": (1, 1, 2, 2), "num_heads": 2, "head_dim": 16,
-    "num_res_blocks": 1, "num_tokens": 2,
-}  # fmt: skip
 FRAMES, HEIGHT, WIDTH = 3, 4, 5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These networks are too small to share out: on a busy machine their threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -57,24 +44,15 @@ def without_gradients():
         yield
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def context_tokens(batch: int = 1, tokens: int = 6) -> torch.Tensor:
+    return normal(batch, tokens, 24, seed=6)
 
 
-def with_random_weights(module: nn.Module, seed: int = 0) -> nn.Module:
-    module.load_state_dict(random_state_dict(module, seed))
-    return module.eval()
-
-
-def built(config: UNetConfig, seed: int = 0, **arguments) -> UNet:
-    with torch.device("meta"):
-        unet = UNet(config, **arguments)
-    unet.load_state_dict(random_state_dict(unet, seed), assign=True)
-    return unet.eval()
-
-
-def conditioning(batch: int = 1, frames: int = FRAMES, tokens: int = 6) -> Conditioning:
-    return Conditioning(normal(batch, 128, seed=5), normal(batch, tokens, 24, seed=6), frames)
+def conditioning(batch: int = 1, layer: nn.Module | None = None, context: torch.Tensor | None = None):
+    """What a layer is told; a spatial transformer, its context too."""
+    context = context_tokens(batch) if context is None else context
+    seen = {layer: layer.keys_values(context)} if isinstance(layer, SpatialTransformer) else {}
+    return Conditioning(normal(batch, 128, seed=5), seen, FRAMES)
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +63,6 @@ def stage_one() -> UNet:
 @pytest.fixture(scope="module")
 def stage_two() -> UNet:
     return built(UNetConfig(**TINY, **STAGE_TWO))
-
-
-def inputs_of(unet: UNet, batch: int, frames: int, height: int, width: int) -> dict[str, torch.Tensor]:
-    config = unet.config
-    inputs = {
-        "x": normal(batch, config.in_dim, frames, height, width, seed=1),
-        "t": torch.tensor([7, 640, 999][:batch]),
-        "y": normal(batch, 1 if config.image_conditioned else 9, config.y_dim, seed=2),
-    }
-    if config.image_conditioned:
-        inputs["fps"] = torch.tensor([8, 16, 24][:batch])
-    return inputs
 
 
 # The published computation
@@ -175,7 +141,7 @@ def test_attention_heads_are_consecutive_channels():
         part = slice(start, start + 4)
         weights = (q[..., part] @ k[..., part].transpose(1, 2) / 2).softmax(-1)
         heads.append(weights @ v[..., part])
-    assert relative_error(layer(x, context), layer.to_out(torch.cat(heads, -1))) < 1e-6
+    assert relative_error(layer(x, layer.keys_values(context)), layer.to_out(torch.cat(heads, -1))) < 1e-6
     assert [name for name, _ in layer.named_parameters() if name.endswith("bias")] == ["to_out.0.bias"]
 
 
@@ -233,7 +199,8 @@ def permuted_frames(x: torch.Tensor, order: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("layer", [spatial_layer, temporal_layer], ids=["spatial", "temporal"])
 def test_transformers_do_not_know_the_order_of_frames(layer):
-    layer, x, told = layer(), normal(2 * FRAMES, 32, HEIGHT, WIDTH), conditioning(2)
+    layer, x = layer(), normal(2 * FRAMES, 32, HEIGHT, WIDTH)
+    told = conditioning(2, layer)
     order = [2, 0, 1]
     expected = permuted_frames(layer(x, told), order)
     assert relative_error(layer(permuted_frames(x, order), told), expected) < 1e-6
@@ -241,7 +208,8 @@ def test_transformers_do_not_know_the_order_of_frames(layer):
 
 @pytest.mark.parametrize("layer", [spatial_layer, temporal_layer], ids=["spatial", "temporal"])
 def test_transformers_do_not_know_the_order_of_pixels(layer):
-    layer, x, told = layer(), normal(2 * FRAMES, 32, HEIGHT, WIDTH), conditioning(2)
+    layer, x = layer(), normal(2 * FRAMES, 32, HEIGHT, WIDTH)
+    told = conditioning(2, layer)
     order = torch.randperm(HEIGHT * WIDTH, generator=torch.Generator().manual_seed(0))
 
     def permuted(video: torch.Tensor) -> torch.Tensor:
@@ -251,15 +219,13 @@ def test_transformers_do_not_know_the_order_of_pixels(layer):
 
 
 def test_spatial_transformer_sees_one_frame_and_its_videos_context():
-    layer, told = spatial_layer(), conditioning(2)
-    x = normal(2 * FRAMES, 32, HEIGHT, WIDTH)
+    layer = spatial_layer()
+    told, x = conditioning(2, layer), normal(2 * FRAMES, 32, HEIGHT, WIDTH)
     together = layer(x, told)
     for index in range(2 * FRAMES):
         video = index // FRAMES
-        alone = layer(
-            x[index : index + 1],
-            Conditioning(told.embedding[video : video + 1], told.context[video : video + 1], 1),
-        )
+        context = {layer: layer.keys_values(context_tokens(2)[video : video + 1])}
+        alone = layer(x[index : index + 1], Conditioning(told.embedding[video : video + 1], context, 1))
         assert relative_error(together[index : index + 1], alone) < 1e-6
 
 
@@ -275,9 +241,9 @@ def test_temporal_transformer_sees_all_frames_of_one_pixel():
     assert torch.equal(moved, expected)
 
 
-def test_temporal_transformer_ignores_the_context():
+def test_temporal_transformer_ignores_the_conditioning():
     layer, x = temporal_layer(), normal(FRAMES, 32, HEIGHT, WIDTH)
-    other = Conditioning(normal(1, 128, seed=8), normal(1, 9, 24, seed=9), FRAMES)
+    other = Conditioning(normal(1, 128, seed=8), {}, FRAMES)
     assert torch.equal(layer(x, conditioning()), layer(x, other))
 
 
@@ -287,12 +253,13 @@ FAINT = 3e-3
 
 def test_spatial_transformer_formula():
     """Its norm takes its statistics over a frame's h and w."""
-    layer, told, x = spatial_layer(), conditioning(2), FAINT * normal(2 * FRAMES, 32, HEIGHT, WIDTH)
+    layer, x = spatial_layer(), FAINT * normal(2 * FRAMES, 32, HEIGHT, WIDTH)
+    told = conditioning(2, layer)
     parameters = dict(layer.named_parameters())
     tokens = F.group_norm(x, 32, parameters["norm.weight"], parameters["norm.bias"], eps=1e-6)
     tokens = tokens.flatten(2).transpose(1, 2)
     tokens = F.linear(tokens, parameters["proj_in.weight"], parameters["proj_in.bias"])
-    tokens = layer.transformer_blocks[0](tokens, told.context)
+    tokens = layer.transformer_blocks[0](tokens, told.context[layer])
     tokens = F.linear(tokens, parameters["proj_out.weight"], parameters["proj_out.bias"])
     assert relative_error(layer(x, told), x + tokens.transpose(1, 2).reshape_as(x)) < 1e-6
 
@@ -305,7 +272,9 @@ def test_temporal_transformer_formula():
     tokens = F.group_norm(video, 32, parameters["norm.weight"], parameters["norm.bias"], eps=1e-6)
     tokens = tokens.permute(0, 3, 4, 1, 2).flatten(0, 2)  # b c f h w -> (b h w) c f
     tokens = F.conv1d(tokens, parameters["proj_in.weight"], parameters["proj_in.bias"])
-    tokens = layer.transformer_blocks[0](tokens.transpose(1, 2)).transpose(1, 2)
+    plain = TransformerBlock(48, 3, sdpa_attention)  # over the second axis
+    plain.load_state_dict(layer.transformer_blocks[0].state_dict())
+    tokens = plain(tokens.transpose(1, 2)).transpose(1, 2)
     tokens = F.conv1d(tokens, parameters["proj_out.weight"], parameters["proj_out.bias"])
     change = tokens.reshape(2, HEIGHT, WIDTH, 32, FRAMES).permute(0, 4, 3, 1, 2).flatten(0, 1)
     assert relative_error(layer(x, conditioning(2)), x + change) < 1e-6
@@ -314,12 +283,13 @@ def test_temporal_transformer_formula():
 def test_transformer_block_formula():
     block = with_random_weights(TransformerBlock(32, 2, sdpa_attention, 24))
     x, context = normal(2, 5, 32), normal(2, 7, 24, seed=1)
-    h = x + block.attn1(block.norm1(x), block.norm1(x))
+    context = block.attn2.keys_values(context)
+    h = x + block.attn1(block.norm1(x))
     h = h + block.attn2(block.norm2(h), context)
     assert relative_error(block(x, context), h + block.ff(block.norm3(h))) < 1e-6
     block = with_random_weights(TransformerBlock(32, 2, sdpa_attention))
-    h = x + block.attn1(block.norm1(x), block.norm1(x))
-    h = h + block.attn2(block.norm2(h), block.norm2(h))  # without a context, to itself
+    h = x + block.attn1(block.norm1(x))
+    h = h + block.attn2(block.norm2(h))  # without a context, to itself
     assert relative_error(block(x), h + block.ff(block.norm3(h))) < 1e-6
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InvalidInputError
 from .attention import AttentionFunction, sdpa_attention
+from .conditioning import Conditioning, Context
 from .layers import GROUPS, GroupNormSiLU, TemporalConv
+from .transformers import SpatialTransformer, TemporalTransformer
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,6 @@ class UNetConfig:
         surplus = 2 * (self.row_padding - 1)
         rows = math.ceil(max(height - surplus, 0) / multiple) * multiple + surplus
         return max(rows, surplus or multiple), math.ceil(width / multiple) * multiple
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the layers are told besides their input: one per call, shared by all."""
-
-    embedding: Tensor  # of timestep (and frame rate) [B, 4 dim]
-    context: Tensor  # tokens for cross-attention [B, N, context_dim]
-    frames: int
 
 
 class LayerList(nn.ModuleList):
@@ -162,120 +156,12 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         embedding = self.emb_layers(conditioning.embedding).repeat_interleave(conditioning.frames, 0)
-        h = self.in_layers(x) + embedding[:, :, None, None]
-        h = self.skip_connection(x) + self.out_layers(h)
-        return self.temopral_conv(h, conditioning.frames)
 
+        def spatial(frames: slice, _: slice) -> Tensor:
+            h = self.in_layers(x[frames]) + embedding[frames, :, None, None]
+            return self.skip_connection(x[frames]) + self.out_layers(h)
 
-class Attention(nn.Module):
-    """Multi-head attention from tokens [B, N, width] to context [B, M, context_dim]."""
-
-    def __init__(self, width: int, context_dim: int, heads: int, attend: AttentionFunction):
-        super().__init__()
-        self.heads = heads
-        self.attend = attend
-        self.to_q = nn.Linear(width, width, bias=False)
-        self.to_k = nn.Linear(context_dim, width, bias=False)
-        self.to_v = nn.Linear(context_dim, width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(width, width))
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(projected, "b n (heads d) -> b n heads d", heads=self.heads)
-            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        return self.to_out(rearrange(self.attend(q, k, v), "b n heads d -> b n (heads d)"))
-
-
-class GEGLU(nn.Module):
-    """Gated linear unit with the exact GELU (https://arxiv.org/abs/2002.05202)."""
-
-    def __init__(self, in_width: int, out_width: int):
-        super().__init__()
-        self.proj = nn.Linear(in_width, 2 * out_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.net = nn.Sequential(
-            GEGLU(width, 4 * width),
-            nn.Identity(),  # a dropout's place
-            nn.Linear(4 * width, width),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, attention to the context (to itself where there is none), feed-forward."""
-
-    def __init__(self, width: int, heads: int, attend: AttentionFunction, context_dim: int | None = None):
-        super().__init__()
-        self.attn1 = Attention(width, width, heads, attend)
-        self.ff = FeedForward(width)
-        self.attn2 = Attention(width, context_dim or width, heads, attend)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.norm3 = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        normed = self.norm1(x)
-        x = x + self.attn1(normed, normed)
-        normed = self.norm2(x)
-        if context is None:
-            x = x + self.attn2(normed, normed)
-        else:
-            # One context serves all frames of a video: (b f) n c -> b (f n) c puts their tokens side by side.
-            queries = normed.reshape(context.shape[0], -1, normed.shape[-1])
-            x = x + self.attn2(queries, context).view_as(x)
-        return x + self.ff(self.norm3(x))
-
-
-class SpatialTransformer(nn.Module):
-    """A transformer over the pixels of each frame, attending to the context. (b f) c h w in and out."""
-
-    def __init__(self, width: int, heads: int, context_dim: int, attend: AttentionFunction):
-        super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, width, eps=1e-6)
-        self.proj_in = nn.Linear(width, width)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, attend, context_dim)])
-        self.proj_out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        tokens = self.proj_in(rearrange(self.norm(x), "bf c h w -> bf (h w) c"))
-        for block in self.transformer_blocks:
-            tokens = block(tokens, conditioning.context)
-        return x + rearrange(self.proj_out(tokens), "bf (h w) c -> bf c h w", h=x.shape[2])
-
-
-class TemporalTransformer(nn.Module):
-    """A transformer over the frames of each pixel. (b f) c h w in and out."""
-
-    def __init__(self, width: int, heads: int, head_dim: int, attend: AttentionFunction):
-        super().__init__()
-        inner = heads * head_dim
-        # Its GroupNorm, like those of the temporal convolutions, takes its statistics over f, h and w.
-        self.norm = nn.GroupNorm(GROUPS, width, eps=1e-6)
-        self.proj_in = nn.Conv1d(width, inner, 1)
-        self.transformer_blocks = nn.ModuleList([TransformerBlock(inner, heads, attend)])
-        self.proj_out = nn.Conv1d(inner, width, 1)
-
-    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        frames, height = conditioning.frames, x.shape[2]
-        video = self.norm(rearrange(x, "(b f) c h w -> b c f (h w)", f=frames))
-        tokens = rearrange(video, "b c f p -> (b p) f c")
-        # A convolution of width 1 is a linear map: applied as one, it needs no transposed copies.
-        tokens = F.linear(tokens, self.proj_in.weight.squeeze(-1), self.proj_in.bias)
-        for block in self.transformer_blocks:
-            tokens = block(tokens)
-        tokens = F.linear(tokens, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
-        return x + rearrange(tokens, "(b h w) f c -> (b f) c h w", h=height, w=x.shape[3])
+        return self.temopral_conv(conditioning.in_frame_groups(spatial, x), conditioning.frames)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
@@ -286,13 +172,32 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
+@dataclass
+class _Shared:
+    """Where all contexts' computations are the same yet: skips, the residual's output, the tokens of it."""
+
+    skips: list[Tensor]
+    x: Tensor | None
+    tokens: Tensor | None
+
+    def clear(self) -> None:
+        """Let go of the memory."""
+        self.skips, self.x, self.tokens = [], None, None
+
+
 class UNet(nn.Module):
     """Predicts the velocity v of a noised video latent.
 
     Args:
         config: the architecture.
         attend: the attention function of all its attentions.
+
+    Attributes:
+        chunk: how many elements the largest tensor inside a layer may have, where the layer can take its
+            input in parts; None for any number. It changes memory and time, not the result.
     """
+
+    chunk: int | None = None
 
     def __init__(self, config: UNetConfig, attend: AttentionFunction = sdpa_attention):
         super().__init__()
@@ -372,47 +277,148 @@ class UNet(nn.Module):
         Raises:
             InvalidInputError: if a shape does not fit.
         """
-        self._check(x, t, y, fps)
+        self._check(x, t, fps)
+        self._check_conditioning(y, x.shape[0])
+        return self.branches(x, t, [self.project_context(y)], fps)[0]
+
+    def project_context(self, y: Tensor) -> Context:
+        """Keys and values of a conditioning y, as of ``forward``: the same for all calls with that y."""
+        self._check_conditioning(y, "B")
+        context = y.to(self.dtype)
+        if self.config.image_conditioned:
+            tokens = self.config.num_tokens
+            context = rearrange(self.context_embedding(context), "b 1 (n c) -> b n c", n=tokens)
+        transformers = [layer for layer in self.modules() if isinstance(layer, SpatialTransformer)]
+        return {transformer: transformer.keys_values(context) for transformer in transformers}
+
+    def branches(
+        self,
+        x: Tensor,
+        t: Tensor,
+        contexts: Sequence[Context],
+        fps: Tensor | None = None,
+        deep: list[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """The v-predictions for one noised latent under several contexts, as those of guidance.
+
+        What comes before the first attention to a context is computed once for all of them.
+
+        Args:
+            x, t, fps: as of ``forward``.
+            contexts: of ``project_context``, each of B samples. They are computed one after the other; one of
+                k B samples, those of k contexts one after the other, is computed in one pass.
+            deep: for reuse of features (https://arxiv.org/abs/2312.00858), which is an approximation. A list
+                that is empty is filled with what all blocks but the outermost make, for each context. One
+                that is filled stands for those blocks: only the outermost are computed.
+
+        Returns:
+            v [B, 4, F, h, w] for each context ([k B, ..] for one of k B samples), in the parameters' dtype.
+        """
+        self._check(x, t, fps)
         frames, height, width = x.shape[2:]
-        padded_height, padded_width = self.config.padded_size(height, width)
-        conditioning = self._condition(t, y, fps, frames)
-        x = rearrange(x.to(self.out[2].weight.dtype), "b c f h w -> (b f) c h w")
-        x = F.pad(x, (0, padded_width - width, 0, padded_height - height), mode="replicate")
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = self._frames_of(x)
+        told = Conditioning(self._embed(t, fps), {}, frames, self.chunk)
+        if deep:
+            outermost = self.input_blocks[0](x, told)
+            ends = [
+                self._last_block(features, under.repeated(outermost), under)
+                for features, under in zip(deep, map(told.under, contexts))
+            ]
+        else:
+            shared = self._before_context(x, told)
+            ends = []
+            for number, context in enumerate(contexts, start=1):
+                under = told.under(context)
+                features, skip = self._after_context(shared, under, keep=number < len(contexts))
+                ends.append(self._last_block(features, skip, under))
+                if deep is not None:
+                    deep.append(features)
+        return [
+            rearrange(end[:, :, :height, :width], "(b f) c h w -> b c f h w", f=frames) for end in ends
+        ]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters, and so of what is computed."""
+        return self.out[2].weight.dtype
+
+    @property
+    def _downward(self) -> list[nn.Module]:
+        return [*self.input_blocks, self.middle_block]
+
+    @property
+    def _first_attending(self) -> int:
+        """Which of these has the first spatial transformer, behind a residual block."""
+        return next(
+            number
+            for number, block in enumerate(self._downward)
+            if any(isinstance(layer, SpatialTransformer) for layer in block.children())
+        )
+
+    def _before_context(self, x: Tensor, told: Conditioning) -> _Shared:
+        """Up to where the first spatial transformer attends to its context."""
         skips = []
-        for block in self.input_blocks:
-            x = block(x, conditioning)
+        for block in self._downward[: self._first_attending]:
+            x = block(x, told)
             skips.append(x)
-        x = self.middle_block(x, conditioning)
-        for block in self.output_blocks:
-            x = block(torch.cat([x, skips.pop()], dim=1), conditioning)
+        residual, spatial = self._downward[self._first_attending][:2]
+        x = residual(x, told)
+        return _Shared(skips, x, spatial.before_context(x, told))
 
-        x = self.out(x)[:, :, :height, :width]
-        return rearrange(x, "(b f) c h w -> b c f h w", f=frames)
+    def _after_context(self, shared: _Shared, told: Conditioning, keep: bool) -> tuple[Tensor, Tensor]:
+        """From there to before the last block: its two inputs. Without ``keep``, ``shared`` is used up."""
+        first, *others = self._downward[self._first_attending :]
+        _, spatial, *layers = first
+        skips = [told.repeated(skip) for skip in shared.skips]
+        x = spatial.after_context(told.repeated(shared.x), told.repeated(shared.tokens), told)
+        if not keep:
+            shared.clear()
+        for layer in layers:
+            x = layer(x, told)
+        for block in others:
+            skips.append(x)
+            x = block(x, told)
+        for block in self.output_blocks[:-1]:
+            x = torch.cat([x, skips.pop()], dim=1)
+            for layer in block:  # here, so that the wide input is let go once the first is done with it
+                x = layer(x, told)
+        return x, skips.pop()
 
-    def _condition(self, t: Tensor, y: Tensor, fps: Tensor | None, frames: int) -> Conditioning:
-        config, dtype = self.config, self.out[2].weight.dtype
-        embedding = self.time_embed(sinusoidal_embedding(t, config.dim).to(dtype))
-        context = y.to(dtype)
-        if config.image_conditioned:
-            if fps is None:
-                fps = torch.full_like(t, config.default_fps)
-            embedding = embedding + self.fps_embedding(sinusoidal_embedding(fps, config.dim).to(dtype))
-            context = self.context_embedding(context)
-            context = rearrange(context, "b 1 (n c) -> b n c", n=config.num_tokens)
-        return Conditioning(embedding, context, frames)
+    def _last_block(self, x: Tensor, skip: Tensor, told: Conditioning) -> Tensor:
+        x = torch.cat([x, skip], dim=1)
+        for layer in self.output_blocks[-1]:
+            x = layer(x, told)
+        return self.out(x)
 
-    def _check(self, x: Tensor, t: Tensor, y: Tensor, fps: Tensor | None) -> None:
+    def _frames_of(self, x: Tensor) -> Tensor:
+        """b c f h w -> (b f) c h w in channels-last memory, of a size that comes back."""
+        height, width = x.shape[3:]
+        padded_height, padded_width = self.config.padded_size(height, width)
+        x = rearrange(x.to(self.dtype), "b c f h w -> (b f) c h w")
+        x = F.pad(x, (0, padded_width - width, 0, padded_height - height), mode="replicate")
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def _embed(self, t: Tensor, fps: Tensor | None) -> Tensor:
+        """The embedding of timestep and, in stage one, frame rate: [B, 4 dim]."""
+        config = self.config
+        embedding = self.time_embed(sinusoidal_embedding(t, config.dim).to(self.dtype))
+        if not config.image_conditioned:
+            return embedding
+        fps = torch.full_like(t, config.default_fps) if fps is None else fps
+        return embedding + self.fps_embedding(sinusoidal_embedding(fps, config.dim).to(self.dtype))
+
+    def _check(self, x: Tensor, t: Tensor, fps: Tensor | None) -> None:
         config = self.config
         if x.ndim != 5 or x.shape[1] != config.in_dim:
             raise InvalidInputError(f"UNet: x must be [B, {config.in_dim}, F, h, w], got {list(x.shape)}")
         for name, value in (("t", t), ("fps", fps)):
             if value is not None and value.shape != x.shape[:1]:
                 raise InvalidInputError(f"UNet: {name} must be [{x.shape[0]}], got {list(value.shape)}")
-        tokens = "1" if config.image_conditioned else "N"
-        fits = y.ndim == 3 and y.shape[0] == x.shape[0] and y.shape[2] == config.y_dim
-        if not fits or (config.image_conditioned and y.shape[1] != 1):
-            raise InvalidInputError(
-                f"UNet: y must be [{x.shape[0]}, {tokens}, {config.y_dim}], got {list(y.shape)}"
-            )
+
+    def _check_conditioning(self, y: Tensor, batch: int | str) -> None:
+        tokens = "1" if self.config.image_conditioned else "N"
+        allowed = (batch, tokens, self.config.y_dim)
+        fits = y.ndim == 3 and all(str(want) in ("B", "N", str(got)) for want, got in zip(allowed, y.shape))
+        if not fits:
+            needed = ", ".join(map(str, allowed))
+            raise InvalidInputError(f"UNet: y must be [{needed}], got {list(y.shape)}")

@@ -1,0 +1,195 @@
+"""The UNet's transformers: over the pixels of each frame, and over the frames of each pixel.
+
+Frames do not meet in the one, nor pixels in the other. So each goes through its input in groups of as many
+as ``Conditioning.chunk`` allows, which bounds the memory of its feed-forward, and changes no number.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from .attention import AttentionFunction
+from .conditioning import Conditioning, KeysValues
+from .layers import GroupNorm
+
+#: The largest tensor inside a transformer, GEGLU's projection, has this many times its input's elements.
+EXPANSION = 8
+
+
+class Attention(nn.Module):
+    """Multi-head attention from tokens [.., N, width] to a context, or to themselves."""
+
+    def __init__(self, width: int, context_dim: int, heads: int, attend: AttentionFunction):
+        super().__init__()
+        self.heads = heads
+        self.attend = attend
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_dim, width, bias=False)
+        self.to_v = nn.Linear(context_dim, width, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(width, width))
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """What the queries see of a context [B, M, context_dim]."""
+        return self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context))
+
+    def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
+        """Tokens [B f, N, width] to the same; ``context`` is of B samples, of f frames each."""
+        q = self._split_heads(self.to_q(x))
+        k, v = self.keys_values(x) if context is None else context
+        # One context serves all frames of a video: (b f) n -> b (f n) puts their queries side by side.
+        attended = self._attend(q.reshape(k.shape[0], -1, *q.shape[2:]), k, v)
+        return self.to_out(attended.reshape(x.shape[0], -1, self.to_q.out_features))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.attend(q, k, v)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+
+class AttentionOverFrames(Attention):
+    """Self-attention of tokens [F, P, width] over F, at each of P pixels, by strides instead of copies."""
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (tensor.transpose(0, 1) for tensor in (q, k, v))  # f p heads d -> p f heads d
+        return self.attend(q, k, v).transpose(0, 1)
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with the exact GELU (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, in_width: int, out_width: int):
+        super().__init__()
+        self.proj = nn.Linear(in_width, 2 * out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.Sequential(
+            GEGLU(width, 4 * width),
+            nn.Identity(),  # a dropout's place
+            nn.Linear(4 * width, width),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the context (to itself where there is none), feed-forward.
+
+    It is used in two parts, because the first does not know the context.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        attend: AttentionFunction,
+        context_dim: int | None = None,
+        attention: type[Attention] = Attention,
+    ):
+        super().__init__()
+        self.attn1 = attention(width, width, heads, attend)
+        self.ff = FeedForward(width)
+        self.attn2 = attention(width, context_dim or width, heads, attend)
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+
+    def self_attend(self, x: Tensor) -> Tensor:
+        return x + self.attn1(self.norm1(x))
+
+    def attend_context(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+    def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
+        return self.attend_context(self.self_attend(x), context)
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer over the pixels of each frame, attending to the context. (b f) c h w in and out."""
+
+    def __init__(self, width: int, heads: int, context_dim: int, attend: AttentionFunction):
+        super().__init__()
+        self.norm = GroupNorm(width, eps=1e-6)
+        self.proj_in = nn.Linear(width, width)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, attend, context_dim)])
+        self.proj_out = nn.Linear(width, width)
+
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """What it sees of a context [B, M, context_dim]."""
+        return self.transformer_blocks[0].attn2.keys_values(context)
+
+    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        def through(frames: slice, samples: slice) -> Tensor:
+            context = conditioning.context_of(self, samples)
+            return self._attend_context(x[frames], self._self_attend(x[frames]), context)
+
+        return conditioning.in_frame_groups(through, x, EXPANSION)
+
+    def before_context(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        """The tokens [b f, h w, c] after self-attention: what any context has in common."""
+        return conditioning.in_frame_groups(lambda frames, _: self._self_attend(x[frames]), x, EXPANSION)
+
+    def after_context(self, x: Tensor, tokens: Tensor, conditioning: Conditioning) -> Tensor:
+        """What ``forward`` gives for x, from there on."""
+
+        def through(frames: slice, samples: slice) -> Tensor:
+            context = conditioning.context_of(self, samples)
+            return self._attend_context(x[frames], tokens[frames], context)
+
+        return conditioning.in_frame_groups(through, x, EXPANSION)
+
+    def _self_attend(self, x: Tensor) -> Tensor:
+        tokens = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
+        return self.transformer_blocks[0].self_attend(tokens)
+
+    def _attend_context(self, x: Tensor, tokens: Tensor, context: KeysValues) -> Tensor:
+        tokens = self.proj_out(self.transformer_blocks[0].attend_context(tokens, context))
+        return x + rearrange(tokens, "n (h w) c -> n c h w", h=x.shape[2])
+
+
+class TemporalTransformer(nn.Module):
+    """A transformer over the frames of each pixel. (b f) c h w in and out."""
+
+    def __init__(self, width: int, heads: int, head_dim: int, attend: AttentionFunction):
+        super().__init__()
+        inner = heads * head_dim
+        # Its GroupNorm, like those of the temporal convolutions, takes its statistics over f, h and w.
+        self.norm = GroupNorm(width, eps=1e-6)
+        self.proj_in = nn.Conv1d(width, inner, 1)
+        block = TransformerBlock(inner, heads, attend, attention=AttentionOverFrames)
+        self.transformer_blocks = nn.ModuleList([block])
+        self.proj_out = nn.Conv1d(inner, width, 1)
+
+    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
+        frames = conditioning.frames
+        normed = self.norm(rearrange(x, "(b f) c h w -> b c f (h w)", f=frames))
+        result = torch.empty_like(x)
+        videos = (
+            rearrange(x, "(b f) c h w -> b f (h w) c", f=frames),
+            rearrange(normed, "b c f p -> b f p c"),
+            rearrange(result, "(b f) c h w -> b f (h w) c", f=frames),
+        )
+        for video, normed_video, result_video in zip(*videos):
+            for pixels in conditioning.pixel_groups(video, EXPANSION):
+                tokens = self._attend(normed_video[:, pixels])
+                result_video[:, pixels] = video[:, pixels] + tokens
+        return result
+
+    def _attend(self, tokens: Tensor) -> Tensor:
+        """Of some pixels' frames, f p c."""
+        # A convolution of width 1 is a linear map: applied as one, it needs no transposed copies.
+        tokens = F.linear(tokens, self.proj_in.weight.squeeze(-1), self.proj_in.bias)
+        tokens = self.transformer_blocks[0](tokens)
+        return F.linear(tokens, self.proj_out.weight.squeeze(-1), self.proj_out.bias)

@@ -1,8 +1,9 @@
-"""``scripts/benchmark``: every row has a number or a reason, and what does not agree is not compared."""
+"""``scripts/benchmark.py``: every row has a number or a reason, and what does not agree is not compared."""
 
 from __future__ import annotations
 
 import argparse
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,19 +13,21 @@ import torch
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.append(str(SCRIPTS))
 
-from benchmark import rows as benchmark_rows  # noqa: E402
-from benchmark.command import build_parser, main  # noqa: E402
-from benchmark.folders import lacks_disk, read_settings, write_configuration, write_weights  # noqa: E402
-from benchmark.loading import LoadingFailed  # noqa: E402
-from benchmark.operations import kind_of  # noqa: E402
-from benchmark.ours import Ours  # noqa: E402
-from benchmark.report import table  # noqa: E402
-from benchmark.rows import DisagreementError, compare, row_names  # noqa: E402
-from benchmark.sizes import TINY, draw_case  # noqa: E402
-from benchmark.stock import Stock, stand_ins  # noqa: E402
-from benchmark.timing import Missing, Row, Samples, in_turn  # noqa: E402
+from benchmarking import rows as benchmark_rows  # noqa: E402
+from benchmarking.command import build_parser, main  # noqa: E402
+from benchmarking.folders import lacks_disk, read_settings, write_configuration, write_weights  # noqa: E402
+from benchmarking.loading import LoadingFailed  # noqa: E402
+from benchmarking.operations import kind_of  # noqa: E402
+from benchmarking.ours import Ours  # noqa: E402
+from benchmarking.report import table  # noqa: E402
+from benchmarking.rows import DisagreementError, compare, row_names  # noqa: E402
+from benchmarking.sizes import TINY, draw_case  # noqa: E402
+from benchmarking.stock import Stock, stand_ins  # noqa: E402
+from benchmarking.timing import Missing, Row, Samples, in_turn  # noqa: E402
 
 CPU = torch.device("cpu")
+#: Of every run here: size tiny, in the precision in which the sides have to agree.
+ON_CPU = ("--size", "tiny", "--device", "cpu", "--precision", "fp32")
 #: What the stock modules import; none of it may be left behind where it is not installed.
 STAND_INS = ("xformers", "fairscale", "rotary_embedding_torch")
 
@@ -58,6 +61,14 @@ def cells_of(text: str) -> dict[str, list[str]]:
     }
 
 
+def test_the_script_finds_its_parts_and_the_checkout(monkeypatch):
+    elsewhere = [path for path in sys.path if Path(path or ".").resolve() not in (SCRIPTS, SCRIPTS.parent)]
+    monkeypatch.setattr(sys, "path", [*elsewhere])
+    script = runpy.run_path(str(SCRIPTS / "benchmark.py"), run_name="benchmark")
+    assert script["main"] is main
+    assert sys.path == [str(SCRIPTS), str(SCRIPTS.parent), *elsewhere]
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_every_row_has_a_number_or_a_reason(folder, stage, monkeypatch, tmp_path, capsys):
     def loaded(side, *_):
@@ -67,7 +78,7 @@ def test_every_row_has_a_number_or_a_reason(folder, stage, monkeypatch, tmp_path
 
     monkeypatch.setattr(benchmark_rows, "load_in_fresh_process", loaded)
     path = tmp_path / "table.md"
-    arguments = ["--size", "tiny", "--device", "cpu", "--threads", "1", "--stage", str(stage), "--profile"]
+    arguments = [*ON_CPU, "--threads", "1", "--stage", str(stage), "--profile"]
     assert main([*arguments, "--repeats", "1", "--folder", str(folder), "--markdown", str(path)]) == 0
     captured = capsys.readouterr()
     assert path.read_text(encoding="utf-8").strip() == captured.out.strip()
@@ -126,7 +137,7 @@ def test_a_changed_weight_is_noticed(sides, stage, kind, part):
 
 def test_a_disagreement_ends_the_benchmark(folder, monkeypatch, capsys):
     monkeypatch.setattr(benchmark_rows, "TOLERANCE", 0.0)
-    arguments = ["--size", "tiny", "--device", "cpu", "--stage", "1", "--rows", "decode"]
+    arguments = [*ON_CPU, "--stage", "1", "--rows", "decode"]
     assert main([*arguments, "--folder", str(folder)]) == 1
     captured = capsys.readouterr()
     assert not captured.out and "decode: the outputs of the two sides differ by" in captured.err
@@ -153,9 +164,9 @@ def test_without_the_stock_ours_is_measured_alone(folder, monkeypatch, capsys):
     def missing(*_):
         raise ImportError("No module named 'stock'")
 
-    monkeypatch.setattr("benchmark.stock.import_stock", missing)
-    monkeypatch.setattr("benchmark.report.import_stock", missing)
-    arguments = ["--size", "tiny", "--device", "cpu", "--stage", "2", "--rows", "encode", "--repeats", "1"]
+    monkeypatch.setattr("benchmarking.stock.import_stock", missing)
+    monkeypatch.setattr("benchmarking.report.import_stock", missing)
+    arguments = [*ON_CPU, "--stage", "2", "--rows", "encode", "--repeats", "1"]
     assert main([*arguments, "--folder", str(folder)]) == 0
     stock, ours, ratio, difference = cells_of(capsys.readouterr().out)["stage 2: VAE encode"]
     assert "No module named 'stock'" in stock and ours.endswith(" s") and ratio == difference == "-"
@@ -166,7 +177,7 @@ def test_too_little_device_memory_is_a_reason(folder, monkeypatch, capsys):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
     monkeypatch.setattr(benchmark_rows, "Stock", full)
-    arguments = ["--size", "tiny", "--device", "cpu", "--stage", "1", "--rows", "memory,step"]
+    arguments = [*ON_CPU, "--stage", "1", "--rows", "memory,step"]
     assert main([*arguments, "--folder", str(folder)]) == 0
     assert cells_of(capsys.readouterr().out) == {
         "stage 1: one guided step": ["- (CUDA out of memory)"] * 2 + ["-", "-"],

@@ -32,7 +32,7 @@ def load_in_fresh_process(
     threads = torch.get_num_threads()
     arguments = json.dumps([side, str(folder.resolve()), stage, str(device), precision, threads])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    command = [sys.executable, "-m", "benchmark.loading", arguments]
+    command = [sys.executable, "-m", "benchmarking.loading", arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     if result.returncode:
         raise LoadingFailed((result.stderr.strip() or f"ended with {result.returncode}").splitlines()[-1])

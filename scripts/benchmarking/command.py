@@ -24,7 +24,7 @@ from .sizes import SIZE_NAMES, size_named
 def build_parser() -> argparse.ArgumentParser:
     """All options, with what each is for."""
     parser = argparse.ArgumentParser(
-        prog="benchmark",
+        prog="benchmark.py",
         description="A table of this package's speed and memory beside those of the stock implementation "
         "inside the installed modelscope, measured in turn in one process, with the same random weights.",
     )
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             rows = [row for stage in stages for row in stage_rows(stage, options, _report)]
         except DisagreementError as error:
-            print(f"benchmark: {error}", file=sys.stderr)
+            print(f"benchmark.py: {error}", file=sys.stderr)
             return 1
         text = f"{conditions(options, stages)}\n\n{table(rows, *precisions(options))}\n"
     print(text)

@@ -1,1 +1,0 @@
-"""This package's speed and memory beside the stock implementation's: ``python scripts/benchmark --help``."""

@@ -13,17 +13,23 @@ import torch
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.append(str(SCRIPTS))
 
+from benchmarking import own_rows as benchmark_own_rows  # noqa: E402
 from benchmarking import rows as benchmark_rows  # noqa: E402
 from benchmarking.command import build_parser, main  # noqa: E402
+from benchmarking.distances import psnr  # noqa: E402
 from benchmarking.folders import lacks_disk, read_settings, write_configuration, write_weights  # noqa: E402
 from benchmarking.loading import LoadingFailed  # noqa: E402
 from benchmarking.operations import kind_of  # noqa: E402
+from benchmarking.options import DEFAULT_KINDS, OWN_KINDS, STOCK_KINDS, Options  # noqa: E402
 from benchmarking.ours import Ours  # noqa: E402
-from benchmarking.report import table  # noqa: E402
+from benchmarking.own_rows import approximate_modes, generations_beside, own_row_names  # noqa: E402
+from benchmarking.report import own_table, table  # noqa: E402
 from benchmarking.rows import DisagreementError, compare, row_names  # noqa: E402
 from benchmarking.sizes import TINY, draw_case  # noqa: E402
 from benchmarking.stock import Stock, stand_ins  # noqa: E402
-from benchmarking.timing import Missing, Row, Samples, in_turn  # noqa: E402
+from benchmarking.timing import Missing, OwnRow, Row, Samples, in_rounds, in_turn  # noqa: E402
+
+from modelscope_i2v.errors import MissingPackageError  # noqa: E402
 
 CPU = torch.device("cpu")
 #: Of every run here: size tiny, in the precision in which the sides have to agree.
@@ -53,6 +59,12 @@ def sides(folder) -> dict[int, tuple[Stock, Ours]]:
     }
 
 
+def options_of(folder: Path, **given: object) -> Options:
+    """Of a run in size tiny."""
+    asked = {"precision": "fp32", "repeats": 1, "kinds": DEFAULT_KINDS, **given}
+    return Options(size=TINY, device=CPU, folder=folder / "tiny", **asked)
+
+
 def cells_of(text: str) -> dict[str, list[str]]:
     """The cells of each line of a Markdown table, by the first."""
     lines = [line for line in text.splitlines() if line.startswith("| stage")]
@@ -74,7 +86,7 @@ def test_every_row_has_a_number_or_a_reason(folder, stage, monkeypatch, tmp_path
     def loaded(side, *_):
         if side == "stock":
             raise LoadingFailed("no such file")
-        return {"seconds": 0.5, "host_mib": 100.0}
+        return {"seconds": 0.5, "host_mib": 100.0, "weights_mib": 90.0}
 
     monkeypatch.setattr(benchmark_rows, "load_in_fresh_process", loaded)
     path = tmp_path / "table.md"
@@ -87,25 +99,103 @@ def test_every_row_has_a_number_or_a_reason(folder, stage, monkeypatch, tmp_path
     for kind in ("convolution", "linear", "attention", "norm", "elementwise", "copies"):
         assert sum(line.startswith(f"  {kind} ") for line in captured.err.splitlines()) == 2
     found = cells_of(path.read_text(encoding="utf-8"))
-    names = row_names(stage, TINY)
-    assert list(found) == [name for kind in benchmark_rows.KINDS for name in names[kind]]
+    options = options_of(folder)
+    names = {**row_names(stage, options), **own_row_names(stage, options)}
+    assert list(found) == [name for kind in DEFAULT_KINDS for name in names[kind]]
     for kind in ("step", "encode", "decode", "stage"):
         for name in names[kind]:
             stock, ours, ratio, difference = found[name]
             assert stock.endswith(" s") and ours.endswith(" s")
             assert float(ratio) > 0 and float(difference) < 1e-4
-    seconds, host = names["loading"]
+    seconds, host, weights = names["loading"]
     assert found[seconds] == ["- (no such file)", "0.500 (0.500-0.500) s", "-", "-"]
     assert found[host][:2] == ["- (no such file)", "100 (100-100) MiB"]
+    assert found[weights][:2] == ["- (no such file)", "90 (90-90) MiB"]
     assert found[names["memory"][0]] == ["- (needs a CUDA device)"] * 2 + ["-", "-"]
+    reason = "- (--precision fp32 is fp32 here: ask for fp16 or bf16)"
+    assert found[names["precision"][0]] == [reason] * 2 + ["-"] * 3
 
 
-def test_loading_is_measured_in_a_fresh_process(folder, monkeypatch):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_half_precision_and_approximate_modes_have_gains_and_distances(folder, stage, capsys):
+    arguments = [*ON_CPU, "--precision", "bf16", "--stage", str(stage), "--rows", "precision,approximate"]
+    # With five steps, one is outside of each interval of guidance.
+    assert main([*arguments, "--steps", "5", "--repeats", "1", "--folder", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert "stand-ins" not in text  # the stock has no part in these
+    found = cells_of(text)
+    names = own_row_names(stage, options_of(folder, steps=5, precision="bf16"))
+    assert list(found) == [name for kind in OWN_KINDS for name in names[kind]]
+    for reference, measured, gain, difference, decibels in found.values():
+        assert reference.endswith(" s") and measured.endswith(" s")
+        assert float(gain) > 0 and float(difference) > 0 and 0 < float(decibels) < 100
+
+
+def test_what_computes_the_same_is_at_no_distance_and_what_is_refused_has_a_reason(sides):
+    for _, ours in sides.values():
+        exact = {"steps": 2}
+        others = {"same": {**exact, "reuse_interval": 1}, "refused": {**exact, "reuse_intervals": 2}}
+        same, refused = generations_beside(ours, exact, others, 1, print)
+        assert same.difference == 0 and same.psnr == float("inf") and same.gain > 0
+        assert "has no keyword 'reuse_intervals'" in refused.measured.reason
+        assert refused.gain is refused.psnr is None
+
+
+def test_the_steps_asked_for_are_those_that_are_measured(folder, monkeypatch):
+    asked = []
+
+    def generate(_, **keywords):
+        asked.append(keywords)
+        return torch.ones(1, 3, 2, 4, 4)
+
+    def missing(*_):
+        raise ImportError
+
+    monkeypatch.setattr(Ours, "generate", generate)
+    monkeypatch.setattr(benchmark_rows, "Stock", missing)
+    arguments = [*ON_CPU, "--stage", "1", "--rows", "stage,approximate", "--repeats", "1", "--steps", "10"]
+    assert main([*arguments, "--folder", str(folder)]) == 0
+    modes = approximate_modes(1, 10)
+    assert [mode.get("steps") for mode in modes[:3]] == [4, 5, None]
+    # The whole stage once unmeasured and once measured; before the other rows a shorter call for each.
+    exact, measured = {"steps": 10}, [{"steps": 10, **mode} for mode in modes]
+    warm_up = [{**keywords, "steps": min(keywords["steps"], 5)} for keywords in [exact, *measured]]
+    assert asked == [exact, exact, *warm_up, exact, *measured]
+    published = options_of(folder, kinds=OWN_KINDS)
+    assert "stage 1: solver=dpmpp, steps=20" in own_row_names(1, published)["approximate"]
+
+
+def test_videos_are_compared_as_they_are_shown():
+    video = torch.zeros(1, 3, 2, 4, 4)
+    assert psnr(video + 0.2, video) == pytest.approx(20)
+    assert psnr(video + 1.5, video + 1) == float("inf")  # both are white
+
+
+def test_compiling_has_a_row(folder, monkeypatch, capsys):
+    compiled = []
+
+    def compile_nothing(function, **_):
+        compiled.append(function)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    seconds = iter([5.0, 2.0])
+    monkeypatch.setattr(benchmark_rows, "timed", lambda run, device: next(seconds, 1.0))
+    arguments = [*ON_CPU, "--stage", "1", "--rows", "decode", "--compile", "--repeats", "1"]
+    assert main([*arguments, "--folder", str(folder)]) == 0
+    text = capsys.readouterr().out
+    assert compiled and "ours (fp32, compiled)" in text
+    assert cells_of(text)["stage 1: compiling"] == ["- (is not compiled)", "3 (3-3) s", "-", "-"]
+
+
+def test_loading_is_measured_in_a_fresh_process(folder, sides, monkeypatch):
     measured = benchmark_rows.load_in_fresh_process("ours", folder / "tiny", 1, CPU, "fp32")
     assert measured["seconds"] > 0
     settings = read_settings(folder / "tiny", 1)
     unet = (folder / "tiny" / settings.ckpt_unet).stat().st_size
     assert unet < measured["host_mib"] * 2**20 < 2**30
+    stock, ours = (sum(each.nbytes for each in side.weights()) for side in sides[1])
+    assert measured["weights_mib"] * 2**20 == ours < stock  # which has CLIP's other tower, too
     monkeypatch.setattr(sys, "executable", str(folder / "tiny" / "failing"))
     Path(sys.executable).write_text("#!/bin/sh\necho Traceback >&2; echo 'OSError: why' >&2; exit 1\n")
     Path(sys.executable).chmod(0o755)
@@ -172,17 +262,26 @@ def test_without_the_stock_ours_is_measured_alone(folder, monkeypatch, capsys):
     assert "No module named 'stock'" in stock and ours.endswith(" s") and ratio == difference == "-"
 
 
-def test_too_little_device_memory_is_a_reason(folder, monkeypatch, capsys):
-    def full(*_):
-        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB."), "CUDA out of memory"),
+        (MissingPackageError("compile: torch.compile does not work here"), "compile: torch.compile does not"),
+    ],
+)
+def test_what_a_machine_has_not_is_a_reason(folder, monkeypatch, capsys, error, reason):
+    def fail(*_):
+        raise error
 
-    monkeypatch.setattr(benchmark_rows, "Stock", full)
-    arguments = [*ON_CPU, "--stage", "1", "--rows", "memory,step"]
-    assert main([*arguments, "--folder", str(folder)]) == 0
-    assert cells_of(capsys.readouterr().out) == {
-        "stage 1: one guided step": ["- (CUDA out of memory)"] * 2 + ["-", "-"],
-        "stage 1: peak device memory": ["- (needs a CUDA device)"] * 2 + ["-", "-"],
-    }
+    monkeypatch.setattr(benchmark_rows, "Ours", fail)
+    monkeypatch.setattr(benchmark_own_rows, "Ours", fail)
+    arguments = [*ON_CPU, "--stage", "1", "--rows", "memory,step,precision,approximate"]
+    assert main([*arguments, "--precision", "bf16", "--folder", str(folder)]) == 0
+    found = cells_of(capsys.readouterr().out)
+    assert len(found) == 9
+    assert found.pop("stage 1: peak device memory") == ["- (needs a CUDA device)"] * 2 + ["-", "-"]
+    for name, (left, right, *numbers) in found.items():
+        assert left == right and left.startswith(f"- ({reason}") and set(numbers) == {"-"}, name
 
 
 def test_too_little_disk_is_a_reason(folder, monkeypatch, tmp_path):
@@ -228,6 +327,10 @@ def test_the_sides_are_measured_in_turn():
     stock, ours = in_turn(lambda: run("stock", 3.0), lambda: run("ours", 2.0), repeats=2)
     assert order == ["stock", "ours"] * 3  # once to warm up
     assert stock == Samples((3.0, 3.0)) and ours == Samples((2.0, 2.0))
+    order.clear()
+    runs = [lambda side=side: run(side, 1.0) for side in ("exact", "one mode", "another")]
+    assert in_rounds(runs, repeats=2) == [Samples((1.0, 1.0))] * 3
+    assert order == ["exact", "one mode", "another"] * 2
 
 
 def test_the_table_gives_medians_and_their_ratio():
@@ -238,11 +341,22 @@ def test_the_table_gives_medians_and_their_ratio():
     found = cells_of(table(rows, "fp32", "bf16"))
     assert found["stage 1: a"] == ["4 (3-9) s", "2 (1-2.5) s", "2.00", "1.5e-06"]
     assert found["stage 1: b"] == ["- (why not)", "1 (1-1) MiB", "-", "-"]
+    own = [
+        OwnRow("stage 1: a", Samples((3.0,)), Samples((2.0,)), 0.25, 41.26),
+        OwnRow("stage 1: b", Samples((3.0,)), Missing("why not")),
+    ]
+    found = cells_of(own_table(own, "title", "fp32", "bf16"))
+    assert found["stage 1: a"] == ["3 (3-3) s", "2 (2-2) s", "1.50", "2.5e-01", "41.3"]
+    assert found["stage 1: b"] == ["3 (3-3) s", "- (why not)", "-", "-", "-"]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--repeats", "0"], ["--rows", "step,speed"], ["--device", "abacus"], ["--size", "large"]]
-)
+    "arguments",
+    [
+        ["--repeats", "0"], ["--steps", "0"], ["--rows", "step,speed"], ["--device", "abacus"],
+        ["--size", "large"],
+    ],
+)  # fmt: skip
 def test_what_cannot_be_measured_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -254,3 +368,4 @@ def test_the_options_are_described():
     text = build_parser().format_help()
     for option in ("--size", "--device", "--precision", "--stage", "--repeats", "--markdown", "--profile"):
         assert option in text
+    assert build_parser().parse_args(["--rows", "all"]).rows == STOCK_KINDS + OWN_KINDS

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from torch import nn
@@ -97,6 +97,31 @@ def lacks_disk(folder: Path, settings: StageSettings) -> str:
     if needed < free:
         return ""
     return f"its files need {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free in {folder}"
+
+
+def lacks_memory(settings: StageSettings, device: torch.device) -> str:
+    """Why both sides do not fit into this machine's memory, or nothing. Where it cannot be told: nothing."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        free = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+    except (OSError, IndexError):
+        return ""
+    # Both sides' weights, and the largest file read beside them: about three times the UNet.
+    needed = 3.3 * _FLOAT * max(parameters(settings).values()) if device.type == "cpu" else 0
+    if needed < free:
+        return ""
+    return f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
+
+
+def prepare(
+    folder: Path, settings: StageSettings, device: torch.device, report: Callable[[str], None]
+) -> str:
+    """Write what is missing of the stage's weights, or say why the stage cannot be measured here."""
+    reason = lacks_disk(folder, settings) or lacks_memory(settings, device)
+    if not reason:
+        report(f"{settings.stage}: its weights are in {folder}")
+        write_weights(folder, settings)
+    return reason
 
 
 def write_weights(folder: Path, settings: StageSettings) -> None:

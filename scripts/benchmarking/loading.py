@@ -21,16 +21,17 @@ class LoadingFailed(RuntimeError):
 
 
 def load_in_fresh_process(
-    side: str, folder: Path, stage: int, device: torch.device, precision: str
+    side: str, folder: Path, stage: int, device: torch.device, precision: str, compile: bool = False
 ) -> dict[str, float]:
     """Load one side's stage in a new Python.
 
     Returns:
-        ``seconds`` of loading, without imports; ``host_mib``, the growth of the process to its peak, and
-        on CUDA ``device_mib``, the most that the device held in a generation of two steps.
+        ``seconds`` of loading, without imports; ``host_mib``, the growth of the process to its peak;
+        ``weights_mib``, what the loaded networks hold, wherever they are; and on CUDA ``device_mib``, the
+        most that the device held in a generation of two steps.
     """
     threads = torch.get_num_threads()
-    arguments = json.dumps([side, str(folder.resolve()), stage, str(device), precision, threads])
+    arguments = json.dumps([side, str(folder.resolve()), stage, str(device), precision, compile, threads])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     command = [sys.executable, "-m", "benchmarking.loading", arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -60,7 +61,9 @@ def _forget_peak() -> None:
         return
 
 
-def _measure(side: str, folder: Path, stage: int, device: torch.device, precision: str) -> dict[str, float]:
+def _measure(
+    side: str, folder: Path, stage: int, device: torch.device, precision: str, compile: bool
+) -> dict[str, float]:
     from .folders import read_settings
     from .ours import Ours
     from .sizes import draw_case
@@ -73,10 +76,13 @@ def _measure(side: str, folder: Path, stage: int, device: torch.device, precisio
         torch.zeros(1, device=device)  # starts CUDA, likewise
     _forget_peak()
     before, start = _peak_bytes(), time.perf_counter()
-    loaded: Any = Stock(folder, case, device) if side == "stock" else Ours(folder, case, device, precision)
+    loaded: Any = (
+        Stock(folder, case, device) if side == "stock" else Ours(folder, case, device, precision, compile)
+    )
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     measured = {"seconds": time.perf_counter() - start, "host_mib": (_peak_bytes() - before) / _MIB}
+    measured["weights_mib"] = sum(each.nbytes for each in loaded.weights()) / _MIB
     if device.type == "cuda":
         loaded.generate(steps=2)
         measured["device_mib"] = torch.cuda.max_memory_allocated(device) / _MIB
@@ -84,6 +90,6 @@ def _measure(side: str, folder: Path, stage: int, device: torch.device, precisio
 
 
 if __name__ == "__main__":
-    _side, _folder, _stage, _device, _precision, _threads = json.loads(sys.argv[1])
+    _side, _folder, _stage, _device, _precision, _compile, _threads = json.loads(sys.argv[1])
     torch.set_num_threads(_threads)
-    print(json.dumps(_measure(_side, Path(_folder), _stage, torch.device(_device), _precision)))
+    print(json.dumps(_measure(_side, Path(_folder), _stage, torch.device(_device), _precision, _compile)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from modelscope_i2v.latents import decode_video, encode_video
 from modelscope_i2v.plugin.models import ImageToVideoModel, VideoToVideoModel
 from modelscope_i2v.precision import precision_name
-from modelscope_i2v.request import Request
+from modelscope_i2v.request import Request, check_keywords
 
 from .sizes import Case
 from .timing import Enough
@@ -21,11 +21,13 @@ from .timing import Enough
 class Ours:
     """One stage's model, loaded from a folder."""
 
-    def __init__(self, folder: Path, case: Case, device: torch.device, precision: str):
+    def __init__(
+        self, folder: Path, case: Case, device: torch.device, precision: str, compile: bool = False
+    ):
         self.case, self.device = case, device
         model_type = ImageToVideoModel if case.stage == 1 else VideoToVideoModel
         # Left to itself, a small GPU would have the networks take turns on it.
-        options = {"device": str(device), "precision": precision, "low_memory": False}
+        options = {"device": str(device), "precision": precision, "low_memory": False, "compile": compile}
         self.model = model_type(str(folder), **options)
         if case.stage == 2:
             self.model.negative_y = case.negative_y
@@ -33,6 +35,10 @@ class Ours:
     @property
     def precision(self) -> str:
         return precision_name(self.model.dtype)
+
+    def weights(self) -> Iterable[Tensor]:
+        """What the networks hold."""
+        return self.model.state_dict().values()
 
     @torch.no_grad()
     def velocity(self, t: int) -> Tensor:
@@ -57,9 +63,9 @@ class Ours:
         latents = self.case.latents.to(self.device)
         return decode_video(self.model.autoencoder, latents, self.case.pixels, self.model.cfg.decoder_bs)
 
-    def generate(self, steps: int, solver_mode: str = "fast") -> Tensor:
+    def generate(self, steps: int, solver_mode: str = "fast", **approximations: Any) -> Tensor:
         """The whole stage: a video [1, 3, F, H, W]."""
-        return self._run(steps=steps, solver_mode=solver_mode)
+        return self._run(steps=steps, solver_mode=solver_mode, **approximations)
 
     def step(self, watch: Any) -> None:
         """One guided step, the second of a generation, between ``watch.start()`` and ``watch.stop()``.
@@ -88,5 +94,6 @@ class Ours:
             inputs: dict[str, Any] = {"vit_frame": case.image}
         else:
             inputs = {"video_data": case.frames, "y": case.y, "posterior_noise": case.posterior_noise}
-        request = Request.resolve(self.model.cfg, {"progress": False, **keywords})
+        keywords = check_keywords(case.settings.stage, {"progress": False, **keywords})
+        request = Request.resolve(self.model.cfg, keywords)
         return self.model({**inputs, "noise": case.noise, "request": request})

@@ -6,30 +6,53 @@ import importlib.metadata
 import platform
 import re
 from pathlib import Path
-from typing import Sequence
+from typing import Mapping, Sequence
 
 import torch
 
 import modelscope_i2v
-from modelscope_i2v.precision import precision_name, select_dtype
 
 from .folders import parameters, read_settings
-from .rows import Options
+from .options import OWN_KINDS, STOCK_KINDS, Options
 from .stock import import_stock
-from .timing import Row
-
-_COLUMNS = ("", "stock", "ours", "stock / ours", "difference")
+from .timing import OwnRow, Row
 
 
 def table(rows: Sequence[Row], stock_precision: str, our_precision: str) -> str:
     """The rows as a Markdown table, padded so that it reads well as it is."""
-    titles = ["", f"stock ({stock_precision})", f"ours ({our_precision})", *_COLUMNS[3:]]
-    cells = [titles]
+    titles = ["", f"stock ({stock_precision})", f"ours ({our_precision})", "stock / ours", "difference"]
+    cells = [
+        [row.name, str(row.stock), str(row.ours), _number(row.ratio, ".2f"), _number(row.difference, ".1e")]
+        for row in rows
+    ]
+    return _padded([titles, *cells])
+
+
+def own_table(rows: Sequence[OwnRow], title: str, reference: str, measured: str) -> str:
+    """Likewise, of rows that have ours on both sides."""
+    titles = [title, reference, measured, "gain", "difference", "PSNR, dB"]
+    cells = []
     for row in rows:
-        ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
-        difference = "-" if row.difference is None else f"{row.difference:.1e}"
-        cells.append([row.name, str(row.stock), str(row.ours), ratio, difference])
-    widths = [max(len(line[column]) for line in cells) for column in range(len(_COLUMNS))]
+        numbers = [_number(row.gain, ".2f"), _number(row.difference, ".1e"), _number(row.psnr, ".1f")]
+        cells.append([row.name, str(row.reference), str(row.measured), *numbers])
+    return _padded([titles, *cells])
+
+
+def own_tables(rows: Mapping[str, Sequence[OwnRow]], options: Options) -> str:
+    """A table for each kind of such rows that was asked for."""
+    columns = {
+        "precision": ("ours, half precision", "fp32", options.our_precision),
+        "approximate": (f"ours, approximate modes ({options.our_precision})", "exact", "approximate"),
+    }
+    return "\n\n".join(own_table(rows[kind], *columns[kind]) for kind in OWN_KINDS if rows.get(kind))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _padded(cells: list[list[str]]) -> str:
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     padded = [[text.ljust(width) for text, width in zip(line, widths)] for line in cells]
     lines = [f"| {' | '.join(line)} |" for line in padded]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
@@ -39,7 +62,7 @@ def table(rows: Sequence[Row], stock_precision: str, our_precision: str) -> str:
 def precisions(options: Options) -> tuple[str, str]:
     """What the two sides compute in."""
     stock = "fp16 autocast" if options.device.type == "cuda" else "fp32"
-    return stock, precision_name(select_dtype(options.precision, options.device))
+    return stock, f"{options.our_precision}{', compiled' if options.compile else ''}"
 
 
 def conditions(options: Options, stages: Sequence[int]) -> str:
@@ -47,8 +70,9 @@ def conditions(options: Options, stages: Sequence[int]) -> str:
     lines = [f"device: {_device(options.device)}", f"versions: {_versions()}"]
     for stage in stages:
         lines.append(f"stage {stage}: {_sizes(options, stage)}")
-    lines.append(f"stand-ins in the stock: {_stand_ins(options, stages[0])}")
-    lines.append(f"medians (and smallest to largest) of {options.repeats}, stock and ours in turn")
+    if set(STOCK_KINDS) & set(options.kinds):
+        lines.append(f"stand-ins in the stock: {_stand_ins(options, stages[0])}")
+    lines.append(f"medians (and smallest to largest) of {options.repeats}, the sides of a row in turn")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -1,26 +1,28 @@
-"""The rows of the table, stage by stage: what each measures, and that both sides compute the same."""
+"""The rows that have the stock beside ours: what each measures, and that both sides compute the same."""
 
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Callable, Iterable
 
 import torch
 
-from .folders import lacks_disk, parameters, read_settings, write_weights
+from modelscope_i2v.errors import MissingPackageError
+
+from .distances import relative_difference
+from .folders import prepare, read_settings
 from .loading import SIDES, LoadingFailed, load_in_fresh_process
 from .operations import StepProfile
+from .options import STOCK_KINDS, Options
 from .ours import Ours
-from .sizes import STAGE_NAMES, Case, Size, draw_case
+from .sizes import STAGE_NAMES, Case, draw_case
 from .stock import Stock
 from .timing import Missing, Row, Samples, Stopwatch, in_turn, timed
 
-#: The kinds of rows, in the table's order.
-KINDS = ("step", "encode", "decode", "stage", "loading", "memory")
 #: Those that both sides compute in one process.
-COMPUTED = KINDS[:4]
+COMPUTED = STOCK_KINDS[:4]
+#: Has a row where ours is compiled.
+COMPILING = "compiling"
 
 #: The largest relative difference of two float32 sides.
 TOLERANCE = 1e-4
@@ -33,34 +35,22 @@ class DisagreementError(RuntimeError):
     """The two sides compute different things, so that their times cannot be compared."""
 
 
-@dataclass(frozen=True)
-class Options:
-    """What is asked for on the command line."""
-
-    size: Size
-    device: torch.device
-    precision: str
-    repeats: int
-    kinds: tuple[str, ...]
-    folder: Path
-    profile: bool = False
-
-
-def row_names(stage: int, size: Size) -> dict[str, tuple[str, ...]]:
+def row_names(stage: int, options: Options) -> dict[str, tuple[str, ...]]:
     """The names of a stage's rows, by kind."""
     names = {
         "step": ("one guided step",),
         "encode": ("VAE encode",) if stage == 2 else (),
         "decode": ("VAE decode",),
-        "stage": (f"whole, {size.steps[stage]} steps",),
-        "loading": ("loading, seconds", "loading, peak host memory"),
+        "stage": (f"whole, {options.whole_steps(stage)} steps",),
+        "loading": ("loading, seconds", "loading, peak host memory", "loading, weights in use"),
         "memory": ("peak device memory",),
+        COMPILING: ("compiling",) if options.compile else (),
     }
     return {kind: tuple(f"stage {stage}: {name}" for name in named) for kind, named in names.items()}
 
 
 def stage_rows(stage: int, options: Options, report: Callable[[str], None]) -> list[Row]:
-    """All rows of a stage that were asked for, each with numbers or with a reason why it has none.
+    """The rows of a stage that were asked for, each with numbers or with a reason why it has none.
 
     Args:
         stage: 1 or 2.
@@ -71,22 +61,22 @@ def stage_rows(stage: int, options: Options, report: Callable[[str], None]) -> l
         DisagreementError: the sides' outputs differ.
     """
     settings = read_settings(options.folder, stage)
-    names = row_names(stage, options.size)
-    wanted = [name for kind in KINDS if kind in options.kinds for name in names[kind]]
-    reason = lacks_disk(options.folder, settings) or _lacks_memory(settings, options.device)
+    names = row_names(stage, options)
+    kinds, on_cuda = set(options.kinds), options.device.type == "cuda"
+    if set(COMPUTED) & kinds:
+        kinds.add(COMPILING)
+    wanted = [name for kind in names if kind in kinds for name in names[kind]]
+    reason = prepare(options.folder, settings, options.device, report) if wanted or options.profile else ""
     if reason:
         return _missing(wanted, reason)
-    report(f"stage {stage}: writing weights into {options.folder}")
-    write_weights(options.folder, settings)
-    kinds, on_cuda = set(options.kinds), options.device.type == "cuda"
     rows = [] if on_cuda else _missing(names["memory"], "needs a CUDA device")
     if "loading" in kinds or ("memory" in kinds and on_cuda):
         rows += _process_rows(stage, options, names, report)
     if set(COMPUTED) & kinds or options.profile:
         try:
             rows += _compute_rows(draw_case(stage, settings), options, names, report)
-        except torch.cuda.OutOfMemoryError as error:
-            computed = (name for kind in COMPUTED for name in names[kind])
+        except (torch.cuda.OutOfMemoryError, MemoryError, MissingPackageError) as error:
+            computed = (name for kind in (*COMPUTED, COMPILING) for name in names[kind])
             rows += _missing(computed, str(error).partition(". ")[0])
     found = {row.name: row for row in rows}
     return [found[name] for name in wanted]
@@ -94,20 +84,6 @@ def stage_rows(stage: int, options: Options, report: Callable[[str], None]) -> l
 
 def _missing(names: Iterable[str], reason: str) -> list[Row]:
     return [Row(name, Missing(reason), Missing(reason)) for name in names]
-
-
-def _lacks_memory(settings: object, device: torch.device) -> str:
-    """Why both sides do not fit into this machine's memory, or nothing. Where it cannot be told: nothing."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        free = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
-    except (OSError, IndexError):
-        return ""
-    # Both sides' weights, and the largest file read beside them: about three times the UNet.
-    needed = 3.3 * 4 * max(parameters(settings).values()) if device.type == "cpu" else 0
-    if needed < free:
-        return ""
-    return f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
 
 
 def _process_rows(
@@ -121,7 +97,7 @@ def _process_rows(
             if side in failed:
                 continue
             report(f"stage {stage}: loading {side} in a new process, {repeat + 1} of {options.repeats}")
-            arguments = options.folder, stage, options.device, options.precision
+            arguments = options.folder, stage, options.device, options.precision, options.compile
             try:
                 measured[side].append(load_in_fresh_process(side, *arguments))
             except LoadingFailed as error:
@@ -133,8 +109,10 @@ def _process_rows(
         ]
         return Row(name, *cells)
 
-    seconds, host = names["loading"]
-    rows = [row(seconds, "seconds", "s"), row(host, "host_mib", "MiB")]
+    seconds, host, weights = names["loading"]
+    rows = [
+        row(seconds, "seconds", "s"), row(host, "host_mib", "MiB"), row(weights, "weights_mib", "MiB")
+    ]  # fmt: skip
     if options.device.type == "cuda":
         rows += [row(name, "device_mib", "MiB") for name in names["memory"]]
     return rows
@@ -145,7 +123,8 @@ def _compute_rows(
 ) -> list[Row]:
     """The rows that both sides compute in this process."""
     report(f"stage {case.stage}: loading both sides")
-    ours = Ours(options.folder, case, options.device, options.precision)
+    ours = Ours(options.folder, case, options.device, options.precision, options.compile)
+    rows = [_compiling_row(name, ours) for name in names[COMPILING]]
     try:
         stock: Stock | None = Stock(options.folder, case, options.device)
         why_not = ""
@@ -153,7 +132,6 @@ def _compute_rows(
         stock, why_not = None, f"the installed modelscope's cannot be used: {error}"
     report(f"stage {case.stage}: comparing the outputs")
     differences = compare(stock, ours, options.kinds) if stock else {}
-    rows = []
     for kind in (kind for kind in COMPUTED if kind in options.kinds):
         for name in names[kind]:
             report(f"{name}: measuring")
@@ -173,6 +151,12 @@ def _compute_rows(
     return rows
 
 
+def _compiling_row(name: str, ours: Ours) -> Row:
+    """What the first short generation takes longer than the second."""
+    first, second = (timed(lambda: ours.generate(_CHECKED_STEPS), ours.device) for _ in range(2))
+    return Row(name, Missing("is not compiled"), Samples((max(first - second, 0.0),)))
+
+
 def _measurement(kind: str, side: Stock | Ours, case: Case, options: Options) -> Callable[[], float]:
     """What does a row's work once on one side, and returns its seconds."""
     if kind == "step":
@@ -186,7 +170,7 @@ def _measurement(kind: str, side: Stock | Ours, case: Case, options: Options) ->
     work = {
         "encode": side.encode,
         "decode": side.decode,
-        "stage": lambda: side.generate(options.size.steps[case.stage]),
+        "stage": lambda: side.generate(steps=options.whole_steps(case.stage)),
     }[kind]
     return lambda: timed(work, options.device)
 
@@ -217,12 +201,6 @@ def compare(stock: Stock, ours: Ours, kinds: Iterable[str]) -> dict[str, float]:
             )
         differences[kind] = difference
     return differences
-
-
-def relative_difference(ours: torch.Tensor, stock: torch.Tensor) -> float:
-    """||ours - stock|| / ||stock||"""
-    ours, stock = ours.double().cpu(), stock.double().cpu()
-    return ((ours - stock).norm() / stock.norm()).item()
 
 
 def _profile(side: Stock | Ours, case: Case, device: torch.device) -> str:

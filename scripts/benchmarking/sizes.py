@@ -11,6 +11,7 @@ from torch import Tensor
 from modelscope_i2v.configuration import StageSettings
 
 STAGE_NAMES = {1: "image-to-video", 2: "video-to-video"}
+PUBLISHED_STEPS = {1: 50, 2: 30}
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ SMALL = Size(
     clip=_clip(256, layers=4, patch=16),
 )
 FULL_ON_CPU = Size("full", latents={1: (8, 16, 24), 2: (8, 18, 24)}, steps={1: 2, 2: 2})
-FULL_ON_GPU = Size("full", latents={1: (32, 32, 56), 2: (32, 90, 160)}, steps={1: 50, 2: 30})
+FULL_ON_GPU = Size("full", latents={1: (32, 32, 56), 2: (32, 90, 160)}, steps=PUBLISHED_STEPS)
 
 SIZE_NAMES = ("tiny", "small", "full")
 

@@ -14,7 +14,7 @@ import sys
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, ContextManager, Iterator
+from typing import Any, Callable, ContextManager, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from modelscope_i2v.errors import MissingPackageError
 from modelscope_i2v.models.attention import select_attention
 from modelscope_i2v.models.autoencoder import SCALE_FACTOR
 
-from .sizes import Case
+from .sizes import PUBLISHED_STEPS, Case
 from .timing import Enough
 
 _ROOT = "modelscope.models.multi_modal"
@@ -135,6 +135,11 @@ class Stock:
     def precision(self) -> str:
         return "fp16 autocast" if self.device.type == "cuda" else "fp32"
 
+    def weights(self) -> Iterable[Tensor]:
+        """What the networks hold."""
+        networks = (self.clip, self.generator, self.autoencoder)
+        return (weight for network in networks for weight in network.state_dict().values())
+
     def _load_clip(self, folder: Path) -> nn.Module:
         import open_clip
 
@@ -240,7 +245,7 @@ class Stock:
             return self.generator(x, t, **conditioning)
 
         with suppress(Enough):
-            self._denoise(counted, self.case.settings.steps or (50 if self.case.stage == 1 else 30), "fast")
+            self._denoise(counted, PUBLISHED_STEPS[self.case.stage], "fast")
 
     def _denoise(self, network: Callable, steps: int, solver_mode: str) -> Tensor:
         case, settings = self.case, self.case.settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from dataclasses import dataclass
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
 
@@ -60,6 +60,25 @@ class Row:
         return self.stock.median / self.ours.median
 
 
+@dataclass(frozen=True)
+class OwnRow:
+    """One line of a table that has ours on both sides, which need not compute the same.
+
+    ``difference`` is ||measured - reference|| / ||reference|| of the videos, ``psnr`` in dB.
+    """
+
+    name: str
+    reference: Samples | Missing
+    measured: Samples | Missing
+    difference: float | None = None
+    psnr: float | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """How many times what is measured the reference takes, by the medians."""
+        return Row(self.name, self.reference, self.measured).ratio
+
+
 class Enough(Exception):
     """Ends a generation whose rest is not measured."""
 
@@ -108,6 +127,11 @@ def in_turn(
     if warm_up:
         stock()
         ours()
-    pairs = [(stock(), ours()) for _ in range(repeats)]
-    of_stock, of_ours = zip(*pairs)
-    return Samples(of_stock), Samples(of_ours)
+    of_stock, of_ours = in_rounds([stock, ours], repeats)
+    return of_stock, of_ours
+
+
+def in_rounds(runs: Sequence[Callable[[], float]], repeats: int) -> list[Samples]:
+    """The seconds of each, measured one after the other, and so again ``repeats`` times."""
+    rounds = [[run() for run in runs] for _ in range(repeats)]
+    return [Samples(values) for values in zip(*rounds)]

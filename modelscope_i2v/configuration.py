@@ -20,10 +20,12 @@ from .models.clip import LAYER_CHOICES, ClipConfig
 from .models.unet import UNetConfig
 from .rules import (
     Rule,
+    boolean,
     boolean_or,
     choice,
     did_you_mean,
     integer,
+    interval,
     list_of,
     mapping,
     number,
@@ -40,7 +42,8 @@ FILE_NAME = "configuration.json"
 SECOND_STAGE_SECTION = "video_to_video"
 
 PRECISION_CHOICES = ("auto", "fp32", "fp16", "bf16")
-SOLVER_CHOICES = ("fast", "normal")
+SOLVER_MODE_CHOICES = ("fast", "normal")
+SOLVER_CHOICES = ("ddim", "dpmpp")
 
 DEFAULT_POSITIVE_PROMPT = (
     ", cinematic, High Contrast, highly detailed, unreal engine, taken using a Canon EOS R camera, "
@@ -71,13 +74,17 @@ RULES: dict[str, Rule] = {
     "guide_rescale": number(0, 1),
     "noise_strength": number(0, 10),
     "total_noise_levels": integer(1, 999),
-    "solver_mode": choice(*SOLVER_CHOICES),
+    "solver_mode": choice(*SOLVER_MODE_CHOICES),
+    "solver": choice(*SOLVER_CHOICES),
+    "guidance_interval": optional(interval(0, 999)),
+    "reuse_interval": integer(1, 100),
     "positive_prompt": text(),
     "negative_prompt": text(),
     "decoder_bs": integer(1, 4096),
     "precision": choice(*PRECISION_CHOICES),
     "attention": choice(*ATTENTION_CHOICES),
     "low_memory": boolean_or("auto"),
+    "compile": boolean(),
     "limit_pixels": integer(64, 8192 * 8192),
     "limit_frames": integer(1, 100_000),
     "limit_steps": integer(1, 1000),
@@ -138,6 +145,10 @@ class StageSettings:
     precision: str = "auto"
     attention: str = "auto"
     low_memory: bool | str = "auto"
+    compile: bool = False
+    # Approximations: by default there are none.
+    guidance_interval: tuple[int, int] | None = None
+    reuse_interval: int = 1
     # What a call may ask for at most, so that a slip of a digit is an error and not a full memory.
     limit_pixels: int = 4096 * 2304
     limit_frames: int = 1024
@@ -173,6 +184,7 @@ class ImageToVideoSettings(StageSettings):
 
     ckpt_unet: str = "base_03_alldata_fps_v_80g_0789000.pth"
     noise_strength: float = 0.1
+    solver: str = "ddim"
 
 
 @dataclass

@@ -31,3 +31,7 @@ class OutputError(I2VError, RuntimeError):
 
 class MissingPackageError(I2VError, ImportError):
     """An optional package that a setting asks for and that is not installed or does not work."""
+
+
+class NotEnoughMemoryError(I2VError, MemoryError):
+    """A generation that does not fit into memory, however little is computed at a time."""

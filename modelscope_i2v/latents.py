@@ -9,6 +9,10 @@ from torch import Tensor
 
 from .models.autoencoder import SCALE_FACTOR, Autoencoder
 from .models.unet import UNetConfig
+from .out_of_memory import with_less_at_a_time
+
+#: Of frames decoded at a time, when memory runs out.
+_HALVES = [2**power for power in range(11, -1, -1)]
 
 
 def latent_size(size: tuple[int, int], unet: UNetConfig, scale: int) -> tuple[int, int]:
@@ -36,7 +40,8 @@ def encode_video(
     (width, height), scale = size, autoencoder.config.downscale
     right, bottom = latent[1] * scale - width, latent[0] * scale - height
     encoded = []
-    for frame, frame_noise in zip(frames.split(1), noise.split(1)):  # at 720p one already fills the device
+    # One frame at a time: at 720p it already fills the device.
+    for frame, frame_noise in zip(frames.split(1), noise.split(1)):
         frame = F.interpolate(frame.to(weight.device), size=(height, width), mode="bilinear")
         frame = F.pad(frame, (0, right, 0, bottom), mode="replicate")
         encoded.append(autoencoder.encode(frame).sample(frame_noise).float())
@@ -48,12 +53,23 @@ def decode_video(autoencoder: Autoencoder, latents: Tensor, size: tuple[int, int
 
     Args:
         size: (width, height) in pixels to which the decoded frames are cropped.
-        chunk: frames decoded at a time.
+        chunk: frames decoded at a time; fewer, if they do not fit into memory.
+
+    Raises:
+        OutOfMemory: if not even one does.
     """
     width, height = size
     frames = rearrange(latents / SCALE_FACTOR, "b z f h w -> (b f) z h w")
-    decoded = [autoencoder.decode(part)[..., :height, :width].float().cpu() for part in frames.split(chunk)]
-    return rearrange(torch.cat(decoded), "(b f) c h w -> b c f h w", b=latents.shape[0])
+    video = torch.empty(len(frames), autoencoder.config.out_ch, height, width)
+
+    def decode(count: int) -> None:
+        for start in range(0, len(frames), count):
+            part = slice(start, start + count)
+            video[part] = autoencoder.decode(frames[part])[..., :height, :width].float()
+
+    counts = [chunk, *(count for count in _HALVES if count < chunk)]
+    with_less_at_a_time(decode, counts, "decoding {} frames at a time", latents.device)
+    return rearrange(video, "(b f) c h w -> b c f h w", b=latents.shape[0])
 
 
 def draw_noise(generator: torch.Generator, shape: tuple[int, ...], offset_strength: float = 0.0) -> Tensor:

@@ -13,11 +13,14 @@ from .models.unet import UNet
 
 _ELEMENT_BYTES = {"auto": 2, "fp32": 4, "fp16": 2, "bf16": 2}
 
-# Fitted to the published networks in half precision, without any saving of memory. One call of the UNet takes
-# 1.9 GiB for a latent of 32 x 32 x 56 and 8.6 GiB for one of 32 x 90 x 160: a part that grows with the
-# latent's positions (and the width of the UNet's finest level), and one that does not.
-_UNET_ELEMENTS = 27.86  # a position and unit of width
-_UNET_WORKSPACE = 0.36  # of the UNet's weights
+# Counted, by following every tensor of a call, on the published networks in half precision. In units of the
+# latent's positions x the width of the UNet's finest level, the branches of guidance take 11.1 where they
+# are computed one after the other, and 18.1 where they are computed together (as stage one's are).
+_UNET_APART, _UNET_TOGETHER = 11.1, 18.1
+#: And this many times the largest tensor inside a layer, where that is taken in parts.
+_UNET_PARTS = 1.6
+#: Inside a transformer, its largest tensor has this many times the elements of its input.
+_EXPANSION = 8
 _AUTOENCODER_ELEMENTS = 8.2  # a pixel and unit of width: 1.8 GiB for one frame of 1280x720
 # Frames in float32, of 12 bytes a pixel: those going in, those coming out, and a copy of these while they are
 # scaled. They lie in the host's memory, wherever the networks are.
@@ -38,8 +41,24 @@ class MemoryEstimate:
         return self.weights + self.activations
 
 
+def chunk_of(device: torch.device, low_memory: bool) -> int:
+    """How many elements the largest tensor inside the UNet's layers may have, in general.
+
+    Large enough to keep the device busy. Less only saves more: out of memory, less is tried.
+    """
+    if device.type != "cuda":
+        return CPU_CHUNK
+    return GPU_CHUNK // 4 if low_memory else GPU_CHUNK
+
+
+#: 256 MiB in half precision: in stage two five frames of the finest level through a transformer, eight
+#: through a residual block.
+GPU_CHUNK = 2**27
+CPU_CHUNK = 2**24
+
+
 def estimate_memory(
-    settings: StageSettings, size: tuple[int, int], frames: int, window: int
+    settings: StageSettings, size: tuple[int, int], frames: int, window: int, low_memory: bool = False
 ) -> MemoryEstimate:
     """Of one generation.
 
@@ -48,6 +67,7 @@ def estimate_memory(
         size: (width, height) in pixels.
         frames: of the whole video.
         window: frames that go through the UNet at a time.
+        low_memory: whether the networks take turns, so that one's weights count and not all's.
     """
     element = _ELEMENT_BYTES[settings.precision]
     pixels = size[0] * size[1]
@@ -57,12 +77,20 @@ def estimate_memory(
         tower = ClipImageEncoder if settings.unet.image_conditioned else ClipTextEncoder
         parameters = [_parameters(part) for part in (unet, autoencoder, tower(settings.clip).model)]
     width = settings.unet.dim * settings.unet.dim_mult[0]
-    in_unet = positions * width * _UNET_ELEMENTS + parameters[0] * _UNET_WORKSPACE
-    decoded = min(settings.decoder_bs, frames) * pixels
+    finest = positions * width
+    parts = min(GPU_CHUNK // 4 if low_memory else GPU_CHUNK, _EXPANSION * finest)
+    in_unet = _UNET_APART * finest + _UNET_PARTS * parts
+    if settings.unet.image_conditioned:
+        in_unet = max(in_unet, _UNET_TOGETHER * finest)
+    decoded = (1 if low_memory else min(settings.decoder_bs, frames)) * pixels
     in_autoencoder = decoded * settings.autoencoder.ch * _AUTOENCODER_ELEMENTS
+    if low_memory:  # which network needs the most, with what it computes
+        weights, activations = max(zip(parameters, (in_unet, in_autoencoder, 0)), key=sum)
+    else:
+        weights, activations = sum(parameters), max(in_unet, in_autoencoder)
     return MemoryEstimate(
-        weights=sum(parameters) * element,
-        activations=int(max(in_unet, in_autoencoder) * element),
+        weights=weights * element,
+        activations=int(activations * element),
         frames=frames * pixels * _FRAME_BYTES,
     )
 
@@ -74,8 +102,8 @@ def memory_in_words(settings: StageSettings, size: tuple[int, int], frames: int,
     precision = half if settings.precision == "auto" else settings.precision
     at_a_time = f", {window:,} at a time," if window < frames else ""
     return (
-        f"{size[0]}x{size[1]} and {frames:,} frames{at_a_time} take about {_gigabytes(estimate.networks)} "
-        f"for the networks in {precision} and {_gigabytes(estimate.frames)} for the frames"
+        f"{size[0]}x{size[1]} and {frames:,} frames{at_a_time} take about {in_gigabytes(estimate.networks)} "
+        f"for the networks in {precision} and {in_gigabytes(estimate.frames)} for the frames"
     )
 
 
@@ -83,6 +111,7 @@ def _parameters(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _gigabytes(count: int) -> str:
+def in_gigabytes(count: int) -> str:
+    """A number of bytes, in words."""
     gigabytes = count / 2**30
     return f"{gigabytes:,.0f} GiB" if gigabytes >= 10 else f"{max(gigabytes, 0.1):.1f} GiB"

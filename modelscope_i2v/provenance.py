@@ -19,9 +19,10 @@ FIRST_STAGE = "first_stage"
 _RECORDED = {
     "seed": "seed", "steps": "steps", "guide_scale": "guide_scale", "size": "resolution", "fps": "fps",
     "frames": "max_frames", "window": "chunk_size", "overlap": "overlap_size",
+    "guidance_interval": "guidance_interval", "reuse_interval": "reuse_interval",
 }  # fmt: skip
 _RECORDED_BY_STAGE = {
-    "image-to-video": {"noise_strength": "noise_strength"},
+    "image-to-video": {"noise_strength": "noise_strength", "solver": "solver"},
     "video-to-video": {
         name: name
         for name in (
@@ -41,7 +42,7 @@ def record(request: Request, model_dir: str | Path, configuration: str, precisio
     """What a video's file says of how it was made, by name: enough to make it again.
 
     Besides the request's keywords: ``stage``, ``model`` (the folder's name), ``configuration_sha256`` of
-    its file, given as ``configuration``, ``precision``, ``mode`` (``exact``: nothing was approximated) and
+    its file, given as ``configuration``, ``precision``, ``mode`` (``exact``, or what was approximated) and
     ``software``.
     """
     # A name that is not UTF-8 could not be written into the file.
@@ -53,7 +54,7 @@ def record(request: Request, model_dir: str | Path, configuration: str, precisio
         "model": folder,
         "configuration_sha256": configuration,
         "precision": precision,
-        "mode": "exact",
+        "mode": request.mode,
         "software": f"modelscope_i2v {__version__}",
     }
 
@@ -79,8 +80,8 @@ def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 _TEXTS = {
-    "stage", "model", "software", "precision", "mode", "configuration_sha256", "solver_mode", "text",
-    "positive_prompt", "negative_prompt",
+    "stage", "model", "software", "precision", "mode", "configuration_sha256", "solver_mode", "solver",
+    "text", "positive_prompt", "negative_prompt",
 }  # fmt: skip
 
 

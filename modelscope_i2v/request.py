@@ -37,7 +37,8 @@ KEYWORD_RULES: dict[str, Rule] = {
         name: optional(RULES[name])
         for name in (
             "seed", "steps", "guide_scale", "guide_rescale", "noise_strength", "total_noise_levels",
-            "solver_mode", "positive_prompt", "negative_prompt", "max_frames", "resolution", "target_fps",
+            "solver_mode", "solver", "guidance_interval", "reuse_interval", "positive_prompt",
+            "negative_prompt", "max_frames", "resolution", "target_fps",
         )
     },
     "fps": optional(RULES["target_fps"]),
@@ -49,11 +50,14 @@ KEYWORD_RULES: dict[str, Rule] = {
     "progress": optional(boolean()),
 }  # fmt: skip
 
+#: By solver, of stage two or of stage one.
+_REFERENCE_STEPS = {"fast": 30, "normal": 50, "ddim": 50, "dpmpp": 25}
+
 #: Keywords that only one of the stages knows.
 _STAGE_TWO_ONLY = {
     "text", "positive_prompt", "negative_prompt", "total_noise_levels", "guide_rescale", "solver_mode",
 }  # fmt: skip
-_STAGE_ONE_ONLY = {"noise_strength"}
+_STAGE_ONE_ONLY = {"noise_strength", "solver"}
 
 
 def keywords_of(stage: str) -> list[str]:
@@ -97,6 +101,9 @@ class Request:
     noise_strength: float = 0.0
     total_noise_levels: int = 0
     solver_mode: str = ""
+    solver: str = ""
+    guidance_interval: tuple[int, int] | None = None
+    reuse_interval: int = 1
     text: str = ""
     positive_prompt: str = ""
     negative_prompt: str = ""
@@ -121,7 +128,7 @@ class Request:
             return keywords.get(name, getattr(settings, name, default))
 
         seed = value("seed")
-        steps = value("steps") or _reference_steps(settings.stage, value("solver_mode"))
+        steps = value("steps") or _REFERENCE_STEPS[value("solver_mode") or value("solver")]
         window = keywords.get("chunk_size", value("max_frames"))
         overlap = keywords.get("overlap_size", window // 4)
         if overlap >= window:
@@ -142,6 +149,9 @@ class Request:
             noise_strength=value("noise_strength", 0.0),
             total_noise_levels=value("total_noise_levels", 0),
             solver_mode=value("solver_mode", ""),
+            solver=value("solver", ""),
+            guidance_interval=value("guidance_interval"),
+            reuse_interval=value("reuse_interval"),
             text=value("text", ""),
             positive_prompt=value("positive_prompt", ""),
             negative_prompt=value("negative_prompt", ""),
@@ -186,6 +196,19 @@ class Request:
         """The whole text of the conditional branch."""
         return self.text + self.positive_prompt
 
+    @property
+    def approximations(self) -> list[str]:
+        """What makes the result another than the published computation's, in words; mostly nothing."""
+        asked = []
+        if self.solver == "dpmpp":
+            asked.append("solver dpmpp")
+        if self.guidance_interval is not None:
+            asked.append("guidance_interval {}-{}".format(*self.guidance_interval))
+        if self.reuse_interval > 1:
+            asked.append(f"reuse_interval {self.reuse_interval}")
+        return asked
 
-def _reference_steps(stage: str, solver_mode: str | None) -> int:
-    return 30 if stage == VideoToVideoSettings.stage and solver_mode == "fast" else 50
+    @property
+    def mode(self) -> str:
+        """``exact``, or ``approximate`` and in which way."""
+        return f"approximate: {', '.join(self.approximations)}" if self.approximations else "exact"

@@ -122,6 +122,19 @@ def size(low: int, high: int) -> Rule:
     return Rule(f"[width, height], each {side.allowed}", convert)
 
 
+def interval(low: int, high: int) -> Rule:
+    """[first, last], in order."""
+    end = integer(low, high)
+
+    def convert(value: Any) -> tuple[int, int]:
+        _require(isinstance(value, (list, tuple)) and len(value) == 2)
+        first, last = end.convert(value[0]), end.convert(value[1])
+        _require(first <= last)
+        return first, last
+
+    return Rule(f"[first, last], each {end.allowed}, in order", convert)
+
+
 def optional(rule: Rule) -> Rule:
     if rule.allowed.endswith(", or none"):
         return rule

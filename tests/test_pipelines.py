@@ -201,12 +201,16 @@ def test_stage_one_is_the_chain_of_its_parts(i2v, picture):
         def velocity(y):
             return lambda x, t: model.generator(x, torch.tensor([t]), y=y, fps=fps)
 
-        guide = guided(velocity(y), velocity(torch.zeros_like(y)), 3.0)
+        guide = guided(both(velocity(y), velocity(torch.zeros_like(y))), 3.0)
         latents = sample_ddim(guide, noise, model.diffusion, [501, 1])
         expected = model.autoencoder.decode(latents[0].transpose(0, 1) / 0.18215).transpose(0, 1)[None]
     result = model({"vit_frame": vit_frame, "noise": noise})
     assert result.dtype == torch.float32 and result.shape == (1, 3, 4, 64, 128)
     torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+
+
+def both(conditional, unconditional):
+    return lambda x, t: torch.stack([conditional(x, t), unconditional(x, t)])
 
 
 def test_stage_two_is_the_chain_of_its_parts(v2v):
@@ -226,7 +230,7 @@ def test_stage_two_is_the_chain_of_its_parts(v2v):
             return lambda x, t: model.generator(x, torch.tensor([t]), y=y)
 
         levels = dpmpp_2m_sde_levels(model.diffusion, 2, 600)
-        denoise = model.diffusion.denoiser(guided(velocity(y), velocity(model.negative_y), 7.5, 0.2))
+        denoise = model.diffusion.denoiser(guided(both(velocity(y), velocity(model.negative_y)), 7.5, 0.2))
         x = noised * levels[0].item()
         latents = sample_dpmpp_2m_sde(denoise, x, levels, BrownianNoise(x, levels, [77]))
         expected = model.autoencoder.decode(latents[0].transpose(0, 1) / 0.18215).transpose(0, 1)[None]

@@ -44,13 +44,44 @@ def test_reference_values():
     one, two = (Request.resolve(settings(seed=5)) for settings in SETTINGS.values())
     assert one == Request(
         stage=ONE, seed=5, steps=50, guide_scale=3.0, size=(448, 256), fps=8, frames=32, window=32, overlap=8,
-        noise_strength=0.1,
+        noise_strength=0.1, solver="ddim",
     )  # fmt: skip
+    assert one.mode == two.mode == "exact"
     assert two == Request(
         stage=TWO, seed=5, steps=30, guide_scale=7.5, size=(1280, 720), fps=8, frames=32, window=32,
         overlap=8, guide_rescale=0.2, total_noise_levels=600, solver_mode="fast", text="",
         positive_prompt=DEFAULT_POSITIVE_PROMPT, negative_prompt=DEFAULT_NEGATIVE_PROMPT,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "stage, keywords, mode",
+    [
+        (ONE, {}, "exact"),
+        (ONE, {"solver": "ddim", "reuse_interval": 1, "steps": 10}, "exact"),
+        (ONE, {"solver": "dpmpp"}, "approximate: solver dpmpp"),
+        (TWO, {"guidance_interval": [0, 500]}, "approximate: guidance_interval 0-500"),
+        (TWO, {"reuse_interval": 3}, "approximate: reuse_interval 3"),
+        (
+            ONE,
+            {"reuse_interval": 2, "solver": "dpmpp", "guidance_interval": [5, 999]},
+            "approximate: solver dpmpp, guidance_interval 5-999, reuse_interval 2",
+        ),
+    ],
+)
+def test_the_mode_names_every_approximation(stage, keywords, mode):
+    assert Request.resolve(SETTINGS[stage](), check_keywords(stage, keywords)).mode == mode
+
+
+def test_the_faster_solver_has_fewer_steps_unless_they_are_given():
+    steps = [
+        Request.resolve(SETTINGS[ONE](**given), check_keywords(ONE, keywords)).steps
+        for given, keywords in (
+            ({}, {"solver": "dpmpp"}), ({"solver": "dpmpp"}, {}), ({}, {"solver": "dpmpp", "steps": 12}),
+            ({"steps": 40}, {"solver": "dpmpp"}),
+        )
+    ]  # fmt: skip
+    assert steps == [25, 25, 12, 40]
 
 
 #: By keyword: the stage, what the file says, what the call says, and the request's field.
@@ -61,6 +92,9 @@ PRECEDENCE = [
     (ONE, "noise_strength", 0.5, 0.0, "noise_strength"),
     (ONE, "max_frames", 10, 20, "frames"),
     (ONE, "target_fps", 10, 20, "fps"),
+    (ONE, "solver", "dpmpp", "ddim", "solver"),
+    (ONE, "reuse_interval", 3, 2, "reuse_interval"),
+    (TWO, "guidance_interval", (0, 500), (100, 400), "guidance_interval"),
     (TWO, "guide_rescale", 0.5, 0.0, "guide_rescale"),
     (TWO, "total_noise_levels", 100, 200, "total_noise_levels"),
     (TWO, "solver_mode", "normal", "fast", "solver_mode"),
@@ -160,10 +194,10 @@ def test_request_cannot_be_changed():
 def test_keywords_of_each_stage():
     both = {
         "seed", "steps", "guide_scale", "max_frames", "resolution", "target_fps", "fps", "chunk_size",
-        "overlap_size", "generator", "callback", "progress",
+        "overlap_size", "generator", "callback", "progress", "guidance_interval", "reuse_interval",
     }  # fmt: skip
     two = {"guide_rescale", "total_noise_levels", "solver_mode", "positive_prompt", "negative_prompt", "text"}
-    assert keywords_of(ONE) == sorted(both | {"noise_strength"})
+    assert keywords_of(ONE) == sorted(both | {"noise_strength", "solver"})
     assert keywords_of(TWO) == sorted(both | two)
 
 
@@ -200,6 +234,9 @@ WRONG = {
     "noise_strength": ("much", "a number from 0 to 10"),
     "total_noise_levels": (1000, "a whole number from 1 to 999"),
     "solver_mode": ("slow", "one of fast, normal"),
+    "solver": ("euler", "one of ddim, dpmpp"),
+    "guidance_interval": ([9, 3], "[first, last], each a whole number from 0 to 999, in order"),
+    "reuse_interval": (0, "a whole number from 1 to 100"),
     "positive_prompt": (3, "a text"),
     "negative_prompt": (["ugly"], "a text"),
     "max_frames": (0, "a whole number from 1 to 100000"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from modelscope.outputs import OutputKeys
 from modelscope.pipelines import pipeline
 from torch import nn
 
@@ -59,7 +58,8 @@ def test_it_changes_nothing_in_the_video(small_model, picture):
         for low_memory in (False, True)
     )
     assert saving.model.low_memory
-    assert plain(str(picture))[OutputKeys.OUTPUT_VIDEO] == saving(str(picture))[OutputKeys.OUTPUT_VIDEO]
+    frames, saved = (pipe.generate(str(picture)).frames.astype(int) for pipe in (plain, saving))
+    assert abs(frames - saved).max() <= 1  # decoded frame by frame, it is rounded otherwise
 
 
 @pytest.mark.gpu

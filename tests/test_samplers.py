@@ -28,7 +28,7 @@ from modelscope_i2v.samplers.sdedit import (
     sample_dpmpp_2m_sde,
     sample_heun,
 )
-from modelscope_i2v.samplers.velocity import denoised, guided, window_starts, windowed
+from modelscope_i2v.samplers.velocity import denoised, guided, guided_within, window_starts, windowed
 from modelscope_i2v.small_model import random_state_dict
 
 SHAPE = (1, 4, 3, 5, 6)
@@ -73,6 +73,11 @@ class Recorder:
         return [x for _, _, x in self.calls]
 
 
+def both(conditional, unconditional):
+    """Two velocities as the one that guidance takes."""
+    return lambda x, t: torch.stack([conditional(x, t), unconditional(x, t)])
+
+
 # The published results
 
 
@@ -99,7 +104,7 @@ def velocity_of(name: str, **differences):
 @pytest.mark.parametrize("steps", [4, 10])
 def test_ddim_is_the_published_one(ddim, steps):
     fixture, conditioned, seen = load_fixture("ddim"), velocity_of("unet_i2v"), []
-    velocity = guided(conditioned(fixture["y"], seen), conditioned(np.zeros_like(fixture["y"])), 3.0)
+    velocity = guided(both(conditioned(fixture["y"], seen), conditioned(np.zeros_like(fixture["y"]))), 3.0)
     noise = torch.from_numpy(fixture["noise"])
     result = sample_ddim(velocity, noise, ddim, ddim.timesteps(steps))
     assert seen == fixture[f"timesteps_{steps}"].tolist()
@@ -143,7 +148,7 @@ def test_sdedit_noising_is_the_published_one(sdedit):
 def test_sdedit_is_the_published_one(sdedit, solver):
     fixture, seen = load_fixture("sdedit"), []
     conditioned = velocity_of("unet_v2v", image_conditioned=False, row_padding=2)
-    velocity = guided(conditioned(fixture["y"], seen), conditioned(fixture["negative_y"]), 7.5, 0.2)
+    velocity = guided(both(conditioned(fixture["y"], seen), conditioned(fixture["negative_y"])), 7.5, 0.2)
     denoise, noised = sdedit.denoiser(velocity), torch.from_numpy(fixture["noised"])
     if solver == "heun":
         levels = heun_levels(sdedit, 3, 600)
@@ -525,7 +530,7 @@ def test_samplers_leave_the_global_random_state_alone(ddim, sdedit):
 
     first = sample_dpmpp_2m_sde(sdedit.denoiser(velocity), x, levels, BrownianNoise(x, levels, [1]))
     sample_heun(sdedit.denoiser(velocity), x, levels)
-    sample_ddim(windowed(guided(velocity, velocity, 3.0, 0.5), 2, 1), x, ddim, ddim.timesteps(3))
+    sample_ddim(windowed(guided(both(velocity, velocity), 3.0, 0.5), 2, 1), x, ddim, ddim.timesteps(3))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), before[1]))
     assert random.getstate() == before[2]
@@ -565,7 +570,7 @@ def test_denoised_inverts_the_velocity():
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 7.5])
 def test_guidance_extrapolates_from_the_unconditional(scale):
     v_c, v_u = normal(2, *SHAPE[1:]), normal(2, *SHAPE[1:], seed=1)
-    v = guided(constant(v_c), constant(v_u), scale)(torch.zeros_like(v_c), 5)
+    v = guided(both(constant(v_c), constant(v_u)), scale)(torch.zeros_like(v_c), 5)
     assert relative_error(v, scale * v_c + (1 - scale) * v_u) < 1e-12
 
 
@@ -576,24 +581,28 @@ def test_guidance_asks_both_branches_at_the_same_state_and_timestep():
         seen.append((state, t))
         return state
 
-    guided(branch, branch, 2.0)(x, 17)
+    guided(both(branch, branch), 2.0)(x, 17)
     assert len(seen) == 2
     assert all(state is x and t == 17 for state, t in seen)
 
 
-@pytest.mark.parametrize("rescale", [0.0, 0.2])
-def test_guidance_of_scale_one_does_not_compute_the_unconditional(rescale):
-    v_c, calls = normal(*SHAPE), []
-    velocity = guided(constant(v_c), constant(normal(*SHAPE, seed=1), calls), 1.0, rescale)
-    assert torch.equal(velocity(torch.zeros_like(v_c), 5), v_c)
-    assert calls == []
+def test_guidance_within_an_interval_computes_both_branches_there_only():
+    asked = []
+    guided_one = constant(normal(*SHAPE), asked)
+    conditional = constant(normal(*SHAPE, seed=1))
+    velocity = guided_within((200, 800), guided_one, conditional)
+    x = torch.zeros(SHAPE)
+    for t in (999, 801, 800, 500, 200, 199, 1):
+        expected = guided_one if 200 <= t <= 800 else conditional
+        assert torch.equal(velocity(x, t), expected(x, t))
+    assert len(asked) == 2 * 3
 
 
 @pytest.mark.parametrize("rescale", [0.2, 0.7, 1.0])
 def test_guidance_rescales_each_samples_deviation(rescale):
     v_c, v_u = normal(2, *SHAPE[1:]), normal(2, *SHAPE[1:], seed=1)
     v_c[1] *= 5
-    v = guided(constant(v_c), constant(v_u), 7.5, rescale)(torch.zeros_like(v_c), 5)
+    v = guided(both(constant(v_c), constant(v_u)), 7.5, rescale)(torch.zeros_like(v_c), 5)
     for index in range(2):
         plain = 7.5 * v_c[index] - 6.5 * v_u[index]
         # numpy's ddof=1 is the unbiased deviation
@@ -605,7 +614,7 @@ def test_guidance_rescales_each_samples_deviation(rescale):
 
 def test_guidance_of_nothing_is_nothing():
     zero = torch.zeros(*SHAPE)
-    assert torch.equal(guided(constant(zero), constant(zero), 7.5, 0.2)(zero, 5), zero)
+    assert torch.equal(guided(both(constant(zero), constant(zero)), 7.5, 0.2)(zero, 5), zero)
 
 
 # Windows

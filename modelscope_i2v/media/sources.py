@@ -100,7 +100,7 @@ def read_source(source: Any, kind: str, max_bytes: int) -> bytes:
             file.seek(0)
             if size > max_bytes:
                 raise _too_large(kind, name, max_bytes)
-            return file.read(max_bytes)
+            return file.read(size or max_bytes)  # so much memory is taken, and given back after
         except OSError as error:
             raise InvalidInputError(f"cannot read the {kind} {name}: {error.strerror or error}") from error
 

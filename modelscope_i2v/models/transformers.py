@@ -165,6 +165,7 @@ class TemporalTransformer(nn.Module):
     def __init__(self, width: int, heads: int, head_dim: int, attend: AttentionFunction):
         super().__init__()
         inner = heads * head_dim
+        self.expansion = -(-EXPANSION * inner // width)
         # Its GroupNorm, like those of the temporal convolutions, takes its statistics over f, h and w.
         self.norm = GroupNorm(width, eps=1e-6)
         self.proj_in = nn.Conv1d(width, inner, 1)
@@ -182,7 +183,7 @@ class TemporalTransformer(nn.Module):
             rearrange(result, "(b f) c h w -> b f (h w) c", f=frames),
         )
         for video, normed_video, result_video in zip(*videos):
-            for pixels in conditioning.pixel_groups(video, EXPANSION):
+            for pixels in conditioning.pixel_groups(video, self.expansion):
                 tokens = self._attend(normed_video[:, pixels])
                 result_video[:, pixels] = video[:, pixels] + tokens
         return result

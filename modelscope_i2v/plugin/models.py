@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, ContextManager, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, ContextManager, Iterator, Mapping
 
 import torch
 from modelscope.models.base import TorchModel
@@ -12,18 +13,23 @@ from modelscope.utils.logger import get_logger
 from torch import Tensor, nn
 
 from ..checkpoints import load_weights
+from ..compilation import CompiledBlocks
 from ..configuration import SETTINGS_OF_STAGE, StageSettings, load_settings
+from ..denoising import guided_velocity
 from ..errors import InvalidInputError
 from ..latents import decode_video, draw_noise, encode_video, latent_size
+from ..memory_estimate import chunk_of
 from ..models.attention import select_attention
 from ..models.layers import channels_last
+from ..out_of_memory import OutOfMemory, is_out_of_memory, not_enough
 from ..precision import select_dtype
 from ..preprocessing import ClipImageTransform, VideoTransform
 from ..progress import PhaseClock, stepping
 from ..provenance import configuration_sha256
 from ..request import Request, StepCallback
-from ..residency import at_work, choose_low_memory, device_of
+from ..residency import at_work, choose_low_memory
 from ..samplers.ddim import DDIMSchedule, sample_ddim
+from ..samplers.dpmpp import karras_timesteps, sample_dpmpp_2m
 from ..samplers.sdedit import (
     BrownianNoise,
     SDEditSchedule,
@@ -33,7 +39,7 @@ from ..samplers.sdedit import (
     sample_dpmpp_2m_sde,
     sample_heun,
 )
-from ..samplers.velocity import Velocity, guided, windowed
+from ..samplers.velocity import Velocity
 from ..stage_parts import stage_parts
 from .registration import (
     IMAGE_TO_VIDEO,
@@ -91,7 +97,9 @@ class StageModel(TorchModel):
             )
             setattr(self, name, channels_last(part.network))
             logger.info("loaded %s", part.path)
-        self.eval()
+        self.generator.chunk = chunk_of(self.device, self.low_memory)
+        self._compiled = CompiledBlocks(self.generator) if self.cfg.compile else None
+        self.eval().requires_grad_(False)
 
     def share_autoencoder(self, other: StageModel) -> None:
         """Use the other stage's autoencoder, if it is the same to the last weight, instead of a copy."""
@@ -103,14 +111,25 @@ class StageModel(TorchModel):
     def _at_work(self, network: nn.Module) -> ContextManager[torch.device]:
         return at_work(network, self.device, self.low_memory)
 
-    def _velocity(self, y: Tensor, batch: int, **conditioning: Tensor) -> Velocity:
-        """The UNet as a velocity under one conditioning [1 or B, N, D], for a state in float32."""
-        device = device_of(self.generator)
-        y = y.to(device).expand(batch, -1, -1)
+    @contextmanager
+    def _phase(self, name: str, clock: PhaseClock, request: Request, frames: int) -> Iterator[None]:
+        """A part of a generation of so many frames: timed; out of memory, with an error that helps."""
+        try:
+            with clock.phase(name, self.device):
+                yield
+        except (OutOfMemory, MemoryError, RuntimeError) as error:
+            if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
+                raise
+            raise not_enough(self.cfg, request, frames, name, self.device, self.low_memory) from error
 
-        def velocity(x: Tensor, t: int) -> Tensor:
-            return self.generator(x, torch.full((batch,), t, device=device), y, **conditioning).float()
-
+    def _velocity(
+        self, y: Tensor, negative_y: Tensor, x: Tensor, request: Request, clock: PhaseClock, **told: Tensor
+    ) -> Velocity:
+        """What the samplers integrate, for a state like x."""
+        velocity = guided_velocity(self.generator, y, negative_y, request, **told)
+        if self._compiled is not None:
+            with clock.phase("compiling", self.device):
+                self._compiled.prepare(velocity, x)
         return velocity
 
     def _latent_shape(self, request: Request, frames: int) -> tuple[int, ...]:
@@ -118,8 +137,10 @@ class StageModel(TorchModel):
         return (1, self.cfg.autoencoder.embed_dim, frames, *size)
 
     def _decode(self, latents: Tensor, request: Request, clock: PhaseClock) -> Tensor:
-        with clock.phase("decoding", self.device), self._at_work(self.autoencoder) as device:
-            return decode_video(self.autoencoder, latents.to(device), request.size, self.cfg.decoder_bs)
+        frames = latents.shape[2]
+        at_a_time = 1 if self.low_memory else self.cfg.decoder_bs
+        with self._phase("decoding", clock, request, frames), self._at_work(self.autoencoder) as device:
+            return decode_video(self.autoencoder, latents.to(device), request.size, at_a_time)
 
 
 @register_class(MODELS, IMAGE_TO_VIDEO, VIDEO_TO_VIDEO_MODEL)
@@ -149,23 +170,23 @@ class ImageToVideoModel(StageModel):
         clock = clock or PhaseClock()
         images = _required(inputs, "vit_frame")
         batch = images.shape[0]
-        with clock.phase("clip", self.device), self._at_work(self.clip_encoder):
+        frames = request.frames
+        with self._phase("clip", clock, request, frames), self._at_work(self.clip_encoder):
             y = self.clip_encoder(images)[:, None]
         seeded = torch.Generator().manual_seed(request.seed)
-        noise = draw_noise(seeded, self._latent_shape(request, request.frames), request.noise_strength)
+        noise = draw_noise(seeded, self._latent_shape(request, frames), request.noise_strength)
         # Each image of a batch gets what it would get on its own.
         noise = _given(inputs, "noise", noise.expand(batch, -1, -1, -1, -1))
-        timesteps = self.diffusion.timesteps(request.steps)
-        with clock.phase("denoising", self.device), self._at_work(self.generator) as device:
+        if request.solver == "dpmpp":
+            sample, timesteps = sample_dpmpp_2m, karras_timesteps(self.diffusion, request.steps)
+        else:
+            sample, timesteps = sample_ddim, self.diffusion.timesteps(request.steps)
+        with self._phase("denoising", clock, request, frames), self._at_work(self.generator) as device:
+            noise = noise.to(device)
             fps = torch.full((batch,), request.fps, device=device)
-            velocity = guided(
-                self._velocity(y, batch, fps=fps),
-                self._velocity(torch.zeros_like(y), batch, fps=fps),
-                request.guide_scale,
-            )
-            velocity = windowed(velocity, request.window, request.overlap)
+            velocity = self._velocity(y, torch.zeros_like(y), noise, request, clock, fps=fps)
             with stepping(request, len(timesteps)) as stepped:
-                latents = sample_ddim(velocity, noise.to(device), self.diffusion, timesteps, stepped)
+                latents = sample(velocity, noise, self.diffusion, timesteps, stepped)
         return self._decode(latents, request, clock)
 
 
@@ -220,25 +241,20 @@ class VideoToVideoModel(StageModel):
         if frames.ndim != 4 or frames.shape[1] != 3:
             raise InvalidInputError(f"video_data: must be [F, 3, H, W], got {list(frames.shape)}")
         request.check_limits(self.cfg, frames.shape[0])
-        with clock.phase("clip", self.device):
+        with self._phase("clip", clock, request, len(frames)):
             y = inputs["y"] if inputs.get("y") is not None else self.encode_text(request.prompt)
             negative_y = self._negative_y(request)
 
         shape = self._latent_shape(request, frames.shape[0])
         posterior_noise, noise, entropy = self._draws(inputs, request.seed, shape)
-        with clock.phase("encoding", self.device), self._at_work(self.autoencoder):
+        with self._phase("encoding", clock, request, len(frames)), self._at_work(self.autoencoder):
             latents = encode_video(self.autoencoder, frames, request.size, shape[3:], posterior_noise)
         layout = dpmpp_2m_sde_levels if request.solver_mode == "fast" else heun_levels
         levels = layout(self.diffusion, request.steps, request.total_noise_levels)
-        with clock.phase("denoising", self.device), self._at_work(self.generator) as device:
+        with self._phase("denoising", clock, request, len(frames)), self._at_work(self.generator) as device:
             noise_level = request.total_noise_levels - 1
             noised = self.diffusion.noise(latents.to(device), noise.to(device), noise_level)
-            velocity = guided(
-                windowed(self._velocity(y, 1), request.window, request.overlap),
-                windowed(self._velocity(negative_y, 1), request.window, request.overlap),
-                request.guide_scale,
-                request.guide_rescale,
-            )
+            velocity = self._velocity(y, negative_y, noised, request, clock)
             with stepping(request, len(levels) - 1) as stepped:
                 latents = self._sample(velocity, noised, levels, entropy, request, stepped)
         return self._decode(latents, request, clock)

@@ -165,7 +165,8 @@ class StagePipeline(Pipeline):
         device = next(self.model.generator.parameters()).device
         logger.info(
             f"{entries['stage']}: seed {entries['seed']}, {entries['steps']} steps, "
-            f"{count} frames of {width}x{height}, {entries['precision']} on {device}: {clock}"
+            f"{count} frames of {width}x{height}, {entries['precision']} on {device}, "
+            f"{entries['mode']}: {clock}"
         )
 
 

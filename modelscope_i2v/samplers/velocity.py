@@ -5,23 +5,26 @@ from __future__ import annotations
 from typing import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: (x [B, C, F, h, w], integer timestep) -> v, of x's shape
 Velocity = Callable[[Tensor, int], Tensor]
 
 
-def guided(conditional: Velocity, unconditional: Velocity, scale: float, rescale: float = 0.0) -> Velocity:
+def guided(branches: Velocity, scale: float, rescale: float = 0.0) -> Velocity:
     """Classifier-free guidance (https://arxiv.org/abs/2207.12598), rescaled (https://arxiv.org/abs/2305.08891).
 
     v = v_u + scale (v_c - v_u), then v (rescale std(v_c) / std(v) + 1 - rescale), the deviations over each
-    whole sample. At scale 1 the unconditional branch has no part in v, and is not computed.
+    whole sample.
+
+    Args:
+        branches: gives the conditional and the unconditional prediction, [2, B, C, F, h, w].
+        scale, rescale: as above.
     """
-    if scale == 1.0:
-        return conditional
 
     def velocity(x: Tensor, t: int) -> Tensor:
-        v_c, v_u = conditional(x, t), unconditional(x, t)
+        v_c, v_u = branches(x, t)
         v = v_u + scale * (v_c - v_u)
         if rescale:
             ratio = v_c.flatten(1).std(dim=1) / v.flatten(1).std(dim=1).clamp_min(1e-12)
@@ -29,6 +32,15 @@ def guided(conditional: Velocity, unconditional: Velocity, scale: float, rescale
         return v
 
     return velocity
+
+
+def guided_within(interval: tuple[int, int], guided: Velocity, conditional: Velocity) -> Velocity:
+    """Guidance at the timesteps of an interval only, both ends included (https://arxiv.org/abs/2404.07724).
+
+    An approximation: at the others the conditional branch alone is computed, and stands for both.
+    """
+    low, high = interval
+    return lambda x, t: guided(x, t) if low <= t <= high else conditional(x, t)
 
 
 def window_starts(frames: int, size: int, overlap: int) -> list[int]:
@@ -46,6 +58,7 @@ def windowed(velocity: Velocity, size: int, overlap: int) -> Velocity:
 
     Every step blends the windows' predictions, weighted down towards each window's ends (as
     https://arxiv.org/abs/2302.08113 does in space), so all frames are denoised together, without seams.
+    ``velocity`` may give several predictions at once: [.., B, C, F, h, w].
     """
 
     def blended(x: Tensor, t: int) -> Tensor:
@@ -53,12 +66,13 @@ def windowed(velocity: Velocity, size: int, overlap: int) -> Velocity:
         if frames <= size:
             return velocity(x, t)
         ramp = torch.arange(1, size + 1, device=x.device, dtype=x.dtype)
-        weight = torch.minimum(ramp, ramp.flip(0)).clamp_max(overlap + 1).view(1, 1, -1, 1, 1)
-        total, weights = torch.zeros_like(x), torch.zeros_like(x[:1, :1, :, :1, :1])
+        weight = torch.minimum(ramp, ramp.flip(0)).clamp_max(overlap + 1).view(-1, 1, 1)
+        total, weights = 0.0, x.new_zeros(frames, 1, 1)
         for start in window_starts(frames, size, overlap):
             window = slice(start, start + size)
-            total[:, :, window] += weight * velocity(x[:, :, window], t)
-            weights[:, :, window] += weight
+            padding = (0, 0, 0, 0, start, frames - start - size)
+            total = total + F.pad(weight * velocity(x[:, :, window], t), padding)
+            weights[window] += weight
         return total / weights
 
     return blended

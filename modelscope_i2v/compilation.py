@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -26,34 +27,51 @@ class CompiledBlocks:
     """A UNet whose transformer blocks are compiled, when they are first called with a size.
 
     What is fused there is all that is not a matrix product: norms, GEGLU, residuals.
+
+    Args:
+        unet: is changed; its parameters keep their names.
+        backend: of torch.compile.
+
+    Raises:
+        MissingPackageError: if there is no torch.compile for this Python.
     """
 
-    def __init__(self, unet: UNet):
-        self._sizes: set[tuple[int, ...]] = set()
+    def __init__(self, unet: UNet, backend: str = "inductor"):
+        self._done: set[tuple[int, ...]] = set()
         blocks = [block for block in unet.modules() if isinstance(block, TransformerBlock)]
-        for block in blocks:
-            block.self_attend = torch.compile(block.self_attend, dynamic=False)
-            block.attend_context = torch.compile(block.attend_context, dynamic=False)
         self._count = len(blocks)
+        try:
+            for block in blocks:
+                block.self_attend = torch.compile(block.self_attend, dynamic=False, backend=backend)
+                block.attend_context = torch.compile(block.attend_context, dynamic=False, backend=backend)
+        except RuntimeError as error:
+            raise _refusal(error) from error
 
-    def prepare(self, velocity: Velocity, x: Tensor) -> None:
-        """Compile for states of x's size, by one call whose result is not used.
+    def prepare(self, velocities: Sequence[Velocity], x: Tensor) -> None:
+        """Compile for states of x's size, by one call of each velocity whose result is not used.
 
         Raises:
             MissingPackageError: if torch.compile does not work here.
         """
-        if tuple(x.shape) in self._sizes:
+        size = (len(velocities), *x.shape)
+        if size in self._done:
             return
         start = time.perf_counter()
+        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         try:
-            with torch._dynamo.config.patch(recompile_limit=_VARIANTS):
-                velocity(x, 999)
+            with torch._dynamo.config.patch({limit: _VARIANTS}):
+                for velocity in velocities:
+                    velocity(x, 999)
         except torch._dynamo.exc.TorchDynamoException as error:
-            reason = str(error).strip().splitlines()[0]
-            raise MissingPackageError(
-                f"compile: torch.compile does not work here: {reason}. It needs a C++ compiler on a CPU and "
-                "Triton on a GPU; set compile to false"
-            ) from error
-        self._sizes.add(tuple(x.shape))
+            raise _refusal(error) from error
+        self._done.add(size)
         took = time.perf_counter() - start
         logger.info("compiled %d blocks for latents %s in %.1f s", self._count, list(x.shape), took)
+
+
+def _refusal(error: Exception) -> MissingPackageError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return MissingPackageError(
+        f"compile: torch.compile does not work here: {reason}. It needs a C++ compiler on a CPU, Triton on a "
+        "GPU, and a Python that torch supports; or set compile to false"
+    )

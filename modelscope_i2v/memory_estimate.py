@@ -54,7 +54,8 @@ def chunk_of(device: torch.device, low_memory: bool) -> int:
 #: 256 MiB in half precision: in stage two five frames of the finest level through a transformer, eight
 #: through a residual block.
 GPU_CHUNK = 2**27
-CPU_CHUNK = 2**24
+#: What stays in a CPU's cache between a feed-forward's layers: 2 to 5 % faster, as measured, than all.
+CPU_CHUNK = 2**22
 
 
 def estimate_memory(

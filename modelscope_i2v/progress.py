@@ -18,15 +18,19 @@ class PhaseClock:
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self._within = 0.0  # seconds of the phases inside the present one
 
     @contextmanager
     def phase(self, name: str, device: torch.device | None = None) -> Iterator[None]:
-        """Times a block; with a CUDA ``device``, until its work is done."""
+        """Times a block, phases inside it left out; with a CUDA ``device``, until its work is done."""
+        outside, self._within = self._within, 0.0
         start = time.perf_counter()
         yield
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        took = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + took - self._within
+        self._within = outside + took
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_SETTINGS
 
 from modelscope_i2v import __version__, cli, demo_model, small_model
@@ -21,6 +22,7 @@ from modelscope_i2v.cli import main
 from modelscope_i2v.configuration import PRECISION_CHOICES
 from modelscope_i2v.media.images import open_image
 from modelscope_i2v.media.video import read_video, write_video
+from modelscope_i2v.precision import precision_name, select_dtype
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SIZE, SECOND_SIZE = (64, 128), (80, 128)  # of TINY_SETTINGS: height, width
@@ -327,8 +329,8 @@ def test_models_of_the_hub(picture, capsys, monkeypatch, small_model, nothing_is
     ("error", "code", "words"),
     [
         (KeyboardInterrupt(), 130, "modelscope-i2v: interrupted\n"),
-        (MemoryError(), 1, "modelscope-i2v: error: out of memory"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory."), 1, "(CUDA out of memory.)\n"),
+        (MemoryError(), 1, "modelscope-i2v: error: video-to-video, denoising: out of memory on cpu"),
+        (torch.cuda.OutOfMemoryError("full"), 1, "error: video-to-video, denoising: out of memory on cpu"),
     ],
 )
 def test_a_run_that_is_broken_off_leaves_nothing(
@@ -586,7 +588,7 @@ def test_doctor_finds_nothing_wrong_with_a_complete_model(small_model, capsys, i
     for words in (
         "torch",
         "cpu",
-        "fp32",
+        precision_name(select_dtype("auto", torch.device("cpu"))),
         "sdpa_attention",
         "non_ema_0035000.pth",
         "weights of the generator",

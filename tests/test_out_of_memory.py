@@ -116,7 +116,8 @@ def test_a_generation_that_cannot_fit_says_in_which_phase(small_model, picture):
     pipe = pipeline("image-to-video", model=str(small_model[0]), device="cpu")
     for part, phase in ((pipe.model.clip_encoder, "clip"), (pipe.model.generator, "denoising")):
         hooks = fail_above(part, torch.nn.Linear, 0)
-        with pytest.raises(NotEnoughMemoryError, match=f"image-to-video, {phase}: out of memory on cpu") as error:
+        words = f"image-to-video, {phase}: out of memory on cpu"
+        with pytest.raises(NotEnoughMemoryError, match=words) as error:
             pipe.generate(str(picture))
         for hook in hooks:
             hook.remove()
@@ -133,8 +134,9 @@ def error_for(monkeypatch, there: int, settings, low_memory: bool = False) -> st
 def test_the_error_names_what_is_needed_what_there_is_and_what_would_fit(monkeypatch):
     error = error_for(monkeypatch, 7 * 2**30, VideoToVideoSettings())
     assert error.startswith(
-        "video-to-video, denoising: out of memory on cuda, even with the least at a time: 1280x720 with 32 "
-        "frames at a time need about 7.0 GiB, 7.0 GiB of 24 GiB can be had. These would fit: low_memory true ("
+        "video-to-video, denoising: out of memory on cuda, even with the least at a time: 1280x720 with "
+        "32 frames at a time need about 7.0 GiB, 7.0 GiB of 24 GiB can be had. "
+        "These would fit: low_memory true ("
     )
     assert "chunk_size 16" in error and "resolution [640, 360]" in error
     error = error_for(monkeypatch, 5 * 2**30, VideoToVideoSettings(), low_memory=True)
@@ -151,7 +153,8 @@ import torch
 from modelscope.pipelines import pipeline
 from modelscope_i2v.errors import NotEnoughMemoryError
 
-pipe = pipeline("image-to-video", model=sys.argv[1], device="cpu", resolution=[768, 768], max_frames=2, steps=1)
+settings = {"resolution": [768, 768], "max_frames": 2, "steps": 1}
+pipe = pipeline("image-to-video", model=sys.argv[1], device="cpu", **settings)
 size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 200 * 2**20,) * 2)
 try:

@@ -15,6 +15,7 @@ from tiny_networks import STAGE_TWO, STAGES, TINY, built, inputs_of, normal, wit
 from torch import nn
 
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError
+from modelscope_i2v.models import attention
 from modelscope_i2v.models.attention import ATTENTION_CHOICES, sdpa_attention, select_attention
 from modelscope_i2v.models.conditioning import Conditioning
 from modelscope_i2v.models.transformers import (
@@ -130,6 +131,20 @@ def test_attention_is_softmax_of_scaled_products():
     weights = (torch.einsum("bnhd,bmhd->bhnm", q, k) / math.sqrt(8)).softmax(-1)
     expected = torch.einsum("bhnm,bmhd->bnhd", weights, v)
     assert relative_error(sdpa_attention(q, k, v), expected) < 1e-6
+
+
+def test_the_order_of_torchs_kernels_is_set_for_the_call_only():
+    """As for long sequences on a Hopper GPU, of which there need not be one here."""
+    q = normal(1, 5, 3, 8)
+    expected = sdpa_attention(q, q, q)
+    try:
+        with attention._cudnn_first():
+            assert relative_error(sdpa_attention(q, q, q), expected) < 1e-6
+            order = torch._C._get_sdp_priority_order()
+    except TypeError:
+        pytest.skip("torch cannot be told an order before 2.6")
+    assert order[0] == torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value
+    assert torch._C._get_sdp_priority_order()[0] != order[0]
 
 
 def test_attention_heads_are_consecutive_channels():

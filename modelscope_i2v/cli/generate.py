@@ -23,6 +23,11 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("--size", type=size_argument, metavar="WxH", help="of the video, in pixels")
     add("--fps", type=int, metavar="N", help="frames per second")
     add("--precision", metavar="P", help="auto, fp32, fp16 or bf16")
+    add("--low-memory", action="store_true", default=None, help="use the GPU's memory sparingly")
+    add("--compile", action="store_true", default=None, help="compile the networks' blocks first")
+    add("--solver", metavar="S", help="ddim, or dpmpp: approximate, in half as many steps")
+    add("--reuse-interval", type=int, metavar="N",
+        help="approximate: compute deep features at every Nth step only")  # fmt: skip
     add("--like", metavar="VIDEO", help="with the seed and all else that a video of ours was made with")
     add_run_arguments(parser)
     refine = parser.add_argument_group("stage two: a larger, sharper video")
@@ -94,10 +99,21 @@ def _stages(
     arguments: argparse.Namespace, first_like: dict[str, Any], second_like: dict[str, Any]
 ) -> list[Stage]:
     """The stages that the arguments ask for, which go before what another video was made with."""
-    settings = given(device=arguments.device, precision=arguments.precision)
-    both = given(seed=arguments.seed, fps=arguments.fps, progress=arguments.progress or None)
+    settings = given(
+        device=arguments.device,
+        precision=arguments.precision,
+        low_memory=arguments.low_memory,
+        compile=arguments.compile,
+    )
+    both = given(
+        seed=arguments.seed,
+        fps=arguments.fps,
+        progress=arguments.progress or None,
+        reuse_interval=arguments.reuse_interval,
+    )
     first = given(
         steps=arguments.steps,
+        solver=arguments.solver,
         guide_scale=arguments.guide_scale,
         max_frames=arguments.frames,
         resolution=arguments.size,

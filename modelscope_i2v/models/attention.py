@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Callable
+import functools
+import inspect
+from contextlib import nullcontext
+from typing import Callable, ContextManager
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,10 @@ from ..errors import ConfigurationError, MissingPackageError
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 ATTENTION_CHOICES = ("auto", "sdpa", "xformers")
+
+
+#: From this length on cuDNN's attention is the fastest on Hopper GPUs, at head sizes up to 128.
+_LONG = 1024
 
 
 def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -28,7 +35,30 @@ def sdpa_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     # Kept four-dimensional: batch x heads in one grid dimension would pass CUDA's limit of 65,535.
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # b n heads d -> b heads n d
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    long = min(q.shape[2], k.shape[2]) >= _LONG and q.shape[3] <= 128 and q.element_size() == 2
+    with _cudnn_first() if long and q.is_cuda and _prefers_cudnn(q.device) else nullcontext():
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _cudnn_first() -> ContextManager:
+    """Torch's kernels in another order than its own; it can be told one since 2.6."""
+    from torch.nn import attention
+
+    kernels = attention.SDPBackend
+    order = [kernels.CUDNN_ATTENTION, kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH]
+    return attention.sdpa_kernel(order, set_priority=True)
+
+
+@functools.lru_cache(maxsize=None)
+def _prefers_cudnn(device: torch.device) -> bool:
+    """Whether a GPU is a Hopper or later, and torch can be told the order."""
+    try:
+        from torch.nn.attention import sdpa_kernel
+    except ImportError:
+        return False
+    if "set_priority" not in inspect.signature(sdpa_kernel).parameters:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def select_attention(choice: str, device: torch.device | str = "cpu") -> AttentionFunction:

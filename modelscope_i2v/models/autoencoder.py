@@ -1,5 +1,7 @@
 """Stable Diffusion's KL autoencoder, frame by frame (https://arxiv.org/abs/2112.10752).
 
+Inside, frames are n c h w in channels-last memory, as in the UNet.
+
 Module names are the published checkpoint's, without its ``first_stage_model.``.
 """
 
@@ -14,8 +16,9 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InvalidInputError
 from .attention import sdpa_attention
+from .layers import GROUPS, GroupNorm, GroupNormSiLU
 
-GROUPS = 32  # of every GroupNorm
+_EPS = 1e-6  # of every GroupNorm
 
 #: Latents are kept at this multiple of the autoencoder's own (so that their variance is about 1).
 SCALE_FACTOR = 0.18215
@@ -62,16 +65,12 @@ class DiagonalGaussian:
         return self.mean
 
 
-def _norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, width, eps=1e-6)
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, in_width: int, out_width: int):
         super().__init__()
-        self.norm1 = _norm(in_width)
+        self.norm1 = GroupNormSiLU(in_width, _EPS)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
-        self.norm2 = _norm(out_width)
+        self.norm2 = GroupNormSiLU(out_width, _EPS)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
         if in_width != out_width:
             self.nin_shortcut = nn.Conv2d(in_width, out_width, 1)
@@ -79,8 +78,8 @@ class ResidualBlock(nn.Module):
             self.nin_shortcut = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return self.nin_shortcut(x) + h
 
 
@@ -89,7 +88,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm = _norm(width)
+        self.norm = GroupNorm(width, _EPS)
         self.q = nn.Conv2d(width, width, 1)
         self.k = nn.Conv2d(width, width, 1)
         self.v = nn.Conv2d(width, width, 1)
@@ -158,7 +157,7 @@ class Encoder(nn.Module):
         for level in self.down[:-1]:
             level.downsample = Downsample(level.block[-1].conv2.out_channels)
         self.mid = MiddleBlock(widths[-1])
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = GroupNormSiLU(widths[-1], _EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,7 +165,7 @@ class Encoder(nn.Module):
         for level in self.down[:-1]:
             h = level.downsample(level(h))
         h = self.mid(self.down[-1](h))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class Decoder(nn.Module):
@@ -182,7 +181,7 @@ class Decoder(nn.Module):
             self.up.append(Level(in_width, out_width, config.num_res_blocks + 1))
         for level in self.up[1:]:
             level.upsample = Upsample(level.block[-1].conv2.out_channels)
-        self.norm_out = _norm(widths[0])
+        self.norm_out = GroupNormSiLU(widths[0], _EPS)
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -190,7 +189,7 @@ class Decoder(nn.Module):
         for level in reversed(self.up[1:]):
             h = level.upsample(level(h))
         h = self.up[0](h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class Autoencoder(nn.Module):
@@ -212,10 +211,12 @@ class Autoencoder(nn.Module):
                 f"autoencoder: images must be [N, {channels}, H, W] with H and W multiples of {multiple}, "
                 f"got {list(x.shape)}"
             )
-        moments = self.quant_conv(self.encoder(x.to(self.quant_conv.weight.dtype)))
+        x = x.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
+        moments = self.quant_conv(self.encoder(x))
         mean, logvar = moments.chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:
         """Images [N, 3, 8 h, 8 w], about [-1, 1], of latents [N, z, h, w]."""
-        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
+        z = z.to(self.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
+        return self.decoder(self.post_quant_conv(z))

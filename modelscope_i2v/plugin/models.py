@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, ContextManager, Iterator, Mapping
 
 import torch
@@ -126,11 +127,18 @@ class StageModel(TorchModel):
         self, y: Tensor, negative_y: Tensor, x: Tensor, request: Request, clock: PhaseClock, **told: Tensor
     ) -> Velocity:
         """What the samplers integrate, for a state like x."""
-        velocity = guided_velocity(self.generator, y, negative_y, request, **told)
+
+        def of(request: Request) -> Velocity:
+            return guided_velocity(self.generator, y, negative_y, request, **told)
+
         if self._compiled is not None:
+            whole = replace(request, guidance_interval=None, reuse_interval=1)
+            sizes = [of(whole)]
+            if request.guidance_interval is not None:  # there are calls of one branch, too
+                sizes.append(of(replace(whole, guide_scale=1.0)))
             with clock.phase("compiling", self.device):
-                self._compiled.prepare(velocity, x)
-        return velocity
+                self._compiled.prepare(sizes, x)
+        return of(request)
 
     def _latent_shape(self, request: Request, frames: int) -> tuple[int, ...]:
         size = latent_size(request.size, self.cfg.unet, self.cfg.autoencoder.downscale)

@@ -34,6 +34,9 @@ from .registration import (
 
 logger = get_logger()
 
+#: Settings that concern how a stage is loaded.
+_LOADING = ("precision", "attention", "low_memory", "compile")
+
 
 class StagePipeline(Pipeline):
     """What both stages' pipelines have in common.
@@ -200,9 +203,7 @@ class ImageToVideoPipeline(StagePipeline):
         """
         self._second_stage_model = refine
         # Stage two is loaded with what concerns loading; the rest is each call's to say.
-        self._second_stage_settings = {
-            key: kwargs[key] for key in ("precision", "attention") if key in kwargs
-        }
+        self._second_stage_settings = {key: kwargs[key] for key in _LOADING if key in kwargs}
         self._second_stage: VideoToVideoPipeline | None = None
         super().__init__(model, *args, **kwargs)
         if refine:

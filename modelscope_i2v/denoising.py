@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 #: Up to so many latent positions (b f h w), by device, both branches of guidance go through the UNet
 #: together: its deep levels are too small for the device to be busy with one.
-_TOGETHER = {"cuda": 65_536, "cpu": 1_024}
+_TOGETHER = {"cuda": 65_536, "cpu": 4_096}
 
 #: When memory runs out, layers take their input in parts of so much less at a time, down to this.
 _LESS, _LEAST = 4, 2**18

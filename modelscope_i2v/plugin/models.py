@@ -28,7 +28,7 @@ from ..preprocessing import ClipImageTransform, VideoTransform
 from ..progress import PhaseClock, stepping
 from ..provenance import configuration_sha256
 from ..request import Request, StepCallback
-from ..residency import at_work, choose_low_memory
+from ..residency import at_work, choose_low_memory, device_of
 from ..samplers.ddim import DDIMSchedule, sample_ddim
 from ..samplers.dpmpp import karras_timesteps, sample_dpmpp_2m
 from ..samplers.sdedit import (
@@ -98,7 +98,7 @@ class StageModel(TorchModel):
             )
             setattr(self, name, channels_last(part.network))
             logger.info("loaded %s", part.path)
-        self.generator.chunk = chunk_of(self.device, self.low_memory)
+        self._chunked_for: torch.device | None = None
         self._compiled = CompiledBlocks(self.generator) if self.cfg.compile else None
         self.eval().requires_grad_(False)
 
@@ -127,6 +127,9 @@ class StageModel(TorchModel):
         self, y: Tensor, negative_y: Tensor, x: Tensor, request: Request, clock: PhaseClock, **told: Tensor
     ) -> Velocity:
         """What the samplers integrate, for a state like x."""
+        device = device_of(self.generator)
+        if device != self._chunked_for:  # else as it is: out of memory, it has become less
+            self.generator.chunk, self._chunked_for = chunk_of(device, self.low_memory), device
 
         def of(request: Request) -> Velocity:
             return guided_velocity(self.generator, y, negative_y, request, **told)

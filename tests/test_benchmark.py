@@ -13,14 +13,15 @@ import torch
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 sys.path.append(str(SCRIPTS))
 
+from benchmarking import lengths as benchmark_lengths  # noqa: E402
 from benchmarking import own_rows as benchmark_own_rows  # noqa: E402
 from benchmarking import rows as benchmark_rows  # noqa: E402
 from benchmarking.command import build_parser, main  # noqa: E402
 from benchmarking.distances import psnr  # noqa: E402
 from benchmarking.folders import lacks_disk, read_settings, write_configuration, write_weights  # noqa: E402
-from benchmarking.loading import LoadingFailed  # noqa: E402
+from benchmarking.fresh import ProcessFailed  # noqa: E402
 from benchmarking.operations import kind_of  # noqa: E402
-from benchmarking.options import DEFAULT_KINDS, OWN_KINDS, STOCK_KINDS, Options  # noqa: E402
+from benchmarking.options import DEFAULT_KINDS, KINDS, OWN_KINDS, STOCK_KINDS, Options  # noqa: E402
 from benchmarking.ours import Ours  # noqa: E402
 from benchmarking.own_rows import approximate_modes, generations_beside, own_row_names  # noqa: E402
 from benchmarking.report import own_table, table  # noqa: E402
@@ -85,7 +86,7 @@ def test_the_script_finds_its_parts_and_the_checkout(monkeypatch):
 def test_every_row_has_a_number_or_a_reason(folder, stage, monkeypatch, tmp_path, capsys):
     def loaded(side, *_):
         if side == "stock":
-            raise LoadingFailed("no such file")
+            raise ProcessFailed("no such file")
         return {"seconds": 0.5, "host_mib": 100.0, "weights_mib": 90.0}
 
     monkeypatch.setattr(benchmark_rows, "load_in_fresh_process", loaded)
@@ -199,7 +200,7 @@ def test_loading_is_measured_in_a_fresh_process(folder, sides, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(folder / "tiny" / "failing"))
     Path(sys.executable).write_text("#!/bin/sh\necho Traceback >&2; echo 'OSError: why' >&2; exit 1\n")
     Path(sys.executable).chmod(0o755)
-    with pytest.raises(LoadingFailed, match="^OSError: why$"):
+    with pytest.raises(ProcessFailed, match="^OSError: why$"):
         benchmark_rows.load_in_fresh_process("ours", folder / "tiny", 1, CPU, "fp32")
 
 
@@ -294,6 +295,23 @@ def test_too_little_disk_is_a_reason(folder, monkeypatch, tmp_path):
     assert lacks_disk(folder / "tiny", settings) == ""  # they are there already
 
 
+def test_lengths_and_both_stages_have_tables_of_their_own(folder, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark_lengths, "in_fresh_process", lambda _, *given: 10.0 * given[2])
+    arguments = [*ON_CPU, "--rows", "memory,length", "--steps", "1", "--repeats", "1"]
+    assert main([*arguments, "--folder", str(folder)]) == 0
+    text = capsys.readouterr().out
+    found = cells_of(text)
+    assert len(found) == 2 + 6 and "ours, denoising, 1 steps (fp32)" in text
+    for stage in (1, 2):
+        for frames, count in ((2, 1), (4, 2), (8, 4)):
+            windows, seconds, a_frame, a_window, memory = found[f"stage {stage}: {frames} frames"]
+            assert windows == str(count) and memory == f"{10 * frames} ({10 * frames}-{10 * frames}) MiB"
+            assert float(a_frame) * frames == pytest.approx(float(seconds.split()[0]), rel=0.05, abs=2e-3)
+            assert float(a_window) == pytest.approx(frames / count * float(a_frame), rel=0.02)
+    line = "| both stages: peak device memory | - (needs a CUDA device) | - (needs a CUDA device) | "
+    assert line in text
+
+
 @pytest.mark.parametrize(
     ("operation", "kind"),
     [
@@ -368,4 +386,4 @@ def test_the_options_are_described():
     text = build_parser().format_help()
     for option in ("--size", "--device", "--precision", "--stage", "--repeats", "--markdown", "--profile"):
         assert option in text
-    assert build_parser().parse_args(["--rows", "all"]).rows == STOCK_KINDS + OWN_KINDS
+    assert build_parser().parse_args(["--rows", "all"]).rows == KINDS == (*STOCK_KINDS, *OWN_KINDS, "length")

@@ -15,10 +15,12 @@ import torch
 
 from modelscope_i2v.configuration import PRECISION_CHOICES
 
+from .both_stages import both_stages_row
 from .folders import write_configuration
-from .options import DEFAULT_KINDS, KINDS, Options
+from .lengths import length_rows
+from .options import DEFAULT_KINDS, KINDS, LENGTH, Options
 from .own_rows import own_rows
-from .report import conditions, own_tables, precisions, table
+from .report import both_stages_table, conditions, length_table, own_tables, precisions, table
 from .rows import DisagreementError, stage_rows
 from .sizes import SIZE_NAMES, size_named
 from .timing import OwnRow
@@ -49,13 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--steps", type=_positive,
         help="of rows that measure a whole stage (default: the published 50 and 30 at size full on a GPU and "
-        "of the approximate modes' rows, elsewhere 2)",
+        "of the approximate modes' rows, elsewhere and of lengths 2)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="ours with the setting compile")
     parser.add_argument("--threads", type=_positive, help="of a CPU (default: torch's own choice)")
     parser.add_argument(
         "--rows", type=_kinds, default=DEFAULT_KINDS, metavar="KIND,...",
-        help=f"only these kinds of rows: {', '.join(KINDS)}; all (default: all but approximate)",
+        help=f"only these kinds of rows: {', '.join(KINDS)}; all (default: all but approximate and length)",
     )  # fmt: skip
     parser.add_argument(
         "--folder", type=Path,
@@ -127,7 +129,13 @@ def _tables(options: Options, stages: Sequence[int]) -> str:
         for kind, found in own_rows(stage, options, _report).items():
             own.setdefault(kind, []).extend(found)
     parts = [conditions(options, stages), table(rows, *precisions(options)) if rows else ""]
-    return "\n\n".join(part for part in (*parts, own_tables(own, options)) if part) + "\n"
+    parts.append(own_tables(own, options))
+    if "memory" in options.kinds and len(stages) == 2:
+        parts.append(both_stages_table(both_stages_row(options, _report), options))
+    if LENGTH in options.kinds:
+        lengths = [row for stage in stages for row in length_rows(stage, options, _report)]
+        parts.append(length_table(lengths, options))
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _device(name: str) -> torch.device:

@@ -15,8 +15,10 @@ from .sizes import PUBLISHED_STEPS, Size
 STOCK_KINDS = ("step", "encode", "decode", "stage", "loading", "memory")
 #: Ours beside ours.
 OWN_KINDS = ("precision", "approximate")
-KINDS = STOCK_KINDS + OWN_KINDS
-#: Without the approximate modes: to try them all takes several videos with all their steps.
+#: Ours alone.
+LENGTH = "length"
+KINDS = (*STOCK_KINDS, *OWN_KINDS, LENGTH)
+#: Without what takes several videos with all their steps, or long ones.
 DEFAULT_KINDS = (*STOCK_KINDS, "precision")
 
 
@@ -41,6 +43,11 @@ class Options:
     def exact_steps(self, stage: int) -> int:
         """The steps of the exact mode, beside which approximate ones are measured."""
         return self.steps or PUBLISHED_STEPS[stage]
+
+    @property
+    def length_steps(self) -> int:
+        """The steps of the videos of several lengths."""
+        return self.steps or 2
 
     @property
     def our_precision(self) -> str:

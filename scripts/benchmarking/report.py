@@ -13,6 +13,7 @@ import torch
 import modelscope_i2v
 
 from .folders import parameters, read_settings
+from .lengths import LengthRow
 from .options import OWN_KINDS, STOCK_KINDS, Options
 from .stock import import_stock
 from .timing import OwnRow, Row
@@ -45,6 +46,23 @@ def own_tables(rows: Mapping[str, Sequence[OwnRow]], options: Options) -> str:
         "approximate": (f"ours, approximate modes ({options.our_precision})", "exact", "approximate"),
     }
     return "\n\n".join(own_table(rows[kind], *columns[kind]) for kind in OWN_KINDS if rows.get(kind))
+
+
+def both_stages_table(row: OwnRow, options: Options) -> str:
+    """A table of one row, of both stages in one process."""
+    return own_table([row], f"ours, both stages ({precisions(options)[1]})", "full speed", "low_memory")
+
+
+def length_table(rows: Sequence[LengthRow], options: Options) -> str:
+    """The rows of lengths, with the medians' shares of a frame and of a window beside them."""
+    title = f"ours, denoising, {options.length_steps} steps ({precisions(options)[1]})"
+    memory = "peak device memory" if options.device.type == "cuda" else "peak growth of the process"
+    titles = [title, "windows", "seconds", "s / frame", "s / window", memory]
+    cells = []
+    for row in rows:
+        shares = [_number(row.seconds_per(count), ".3g") for count in (row.frames, row.windows)]
+        cells.append([row.name, str(row.windows), str(row.seconds), *shares, str(row.peak)])
+    return _padded([titles, *cells])
 
 
 def _number(value: float | None, form: str) -> str:

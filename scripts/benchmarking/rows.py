@@ -11,7 +11,8 @@ from modelscope_i2v.errors import MissingPackageError
 
 from .distances import relative_difference
 from .folders import prepare, read_settings
-from .loading import SIDES, LoadingFailed, load_in_fresh_process
+from .fresh import ProcessFailed
+from .loading import SIDES, load_in_fresh_process
 from .operations import StepProfile
 from .options import STOCK_KINDS, Options
 from .ours import Ours
@@ -100,7 +101,7 @@ def _process_rows(
             arguments = options.folder, stage, options.device, options.precision, options.compile
             try:
                 measured[side].append(load_in_fresh_process(side, *arguments))
-            except LoadingFailed as error:
+            except ProcessFailed as error:
                 failed[side] = Missing(str(error))
 
     def row(name: str, key: str, unit: str) -> Row:

@@ -8,9 +8,9 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
+from .memory.out_of_memory import with_less_at_a_time
 from .models.conditioning import Context
 from .models.unet import UNet
-from .out_of_memory import with_less_at_a_time
 from .request import Request
 from .samplers.velocity import Velocity, guided, guided_within, windowed
 

@@ -85,9 +85,9 @@ def _device() -> Iterator[Finding]:
     import torch
 
     from .configuration import ImageToVideoSettings, VideoToVideoSettings
+    from .memory.residency import choose_low_memory
     from .models.attention import select_attention
     from .precision import precision_name, select_dtype
-    from .residency import choose_low_memory
 
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())

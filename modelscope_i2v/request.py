@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .configuration import RULES, StageSettings, VideoToVideoSettings
 from .errors import InvalidInputError
-from .memory_estimate import memory_in_words
+from .memory.estimate import memory_in_words
 from .rules import Rule, boolean, did_you_mean, function, integer, optional, text
 
 #: Called after each step with (step, timestep or noise level, latents [B, 4, F, h, w]).

@@ -8,7 +8,7 @@ from modelscope.pipelines import pipeline
 from torch import nn
 
 from modelscope_i2v.configuration import ImageToVideoSettings
-from modelscope_i2v.residency import at_work, choose_low_memory, device_of
+from modelscope_i2v.memory.residency import at_work, choose_low_memory, device_of
 
 
 class Traveller(nn.Linear):

@@ -19,16 +19,16 @@ from ..configuration import SETTINGS_OF_STAGE, StageSettings, load_settings
 from ..denoising import guided_velocity
 from ..errors import InvalidInputError
 from ..latents import decode_video, draw_noise, encode_video, latent_size
-from ..memory_estimate import chunk_of
+from ..memory.estimate import chunk_of
+from ..memory.out_of_memory import OutOfMemory, is_out_of_memory, not_enough
+from ..memory.residency import at_work, choose_low_memory, device_of
 from ..models.attention import select_attention
 from ..models.layers import channels_last
-from ..out_of_memory import OutOfMemory, is_out_of_memory, not_enough
 from ..precision import select_dtype
 from ..preprocessing import ClipImageTransform, VideoTransform
 from ..progress import PhaseClock, stepping
 from ..provenance import configuration_sha256
 from ..request import Request, StepCallback
-from ..residency import at_work, choose_low_memory, device_of
 from ..samplers.ddim import DDIMSchedule, sample_ddim
 from ..samplers.dpmpp import karras_timesteps, sample_dpmpp_2m
 from ..samplers.sdedit import (

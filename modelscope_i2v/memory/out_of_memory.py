@@ -8,10 +8,10 @@ from typing import Callable, Iterable, TypeVar
 
 import torch
 
-from .configuration import StageSettings
-from .errors import NotEnoughMemoryError
-from .memory_estimate import estimate_memory, in_gigabytes
-from .request import Request
+from ..configuration import StageSettings
+from ..errors import NotEnoughMemoryError
+from ..request import Request
+from .estimate import estimate_memory, in_gigabytes
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .configuration import StageSettings
-from .models.autoencoder import Autoencoder
-from .models.clip import ClipImageEncoder, ClipTextEncoder
-from .models.unet import UNet
+from ..configuration import StageSettings
+from ..models.autoencoder import Autoencoder
+from ..models.clip import ClipImageEncoder, ClipTextEncoder
+from ..models.unet import UNet
 
 _ELEMENT_BYTES = {"auto": 2, "fp32": 4, "fp16": 2, "bf16": 2}
 

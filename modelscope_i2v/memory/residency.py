@@ -9,8 +9,8 @@ from typing import Iterator
 import torch
 from torch import nn
 
-from .configuration import StageSettings
-from .memory_estimate import estimate_memory
+from ..configuration import StageSettings
+from .estimate import estimate_memory
 
 logger = logging.getLogger(__name__)
 

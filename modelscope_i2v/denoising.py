@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Iterator
 
 import torch
@@ -13,8 +12,6 @@ from .models.conditioning import Context
 from .models.unet import UNet
 from .request import Request
 from .samplers.velocity import Velocity, guided, guided_within, windowed
-
-logger = logging.getLogger(__name__)
 
 #: Up to so many latent positions (b f h w), by device, both branches of guidance go through the UNet
 #: together: its deep levels are too small for the device to be busy with one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from typing import Callable, Iterable, TypeVar
+from typing import Callable, Iterable, Iterator, TypeVar
 
 import torch
 
@@ -96,7 +96,9 @@ def not_enough(
 _CHANGES = "low_memory true, fewer frames at a time (chunk_size) or a smaller resolution need less"
 
 
-def _alternatives(settings: StageSettings, request: Request, frames: int, low_memory: bool):
+def _alternatives(
+    settings: StageSettings, request: Request, frames: int, low_memory: bool
+) -> Iterator[tuple[str, int]]:
     """Settings that need less, the smallest change first, with their bytes."""
     width, height = request.size
     window = min(request.window, frames)

@@ -283,7 +283,7 @@ class UNet(nn.Module):
 
     def project_context(self, y: Tensor) -> Context:
         """Keys and values of a conditioning y, as of ``forward``: the same for all calls with that y."""
-        self._check_conditioning(y, "B")
+        self._check_conditioning(y, None)
         context = y.to(self.dtype)
         if self.config.image_conditioned:
             tokens = self.config.num_tokens
@@ -415,10 +415,9 @@ class UNet(nn.Module):
             if value is not None and value.shape != x.shape[:1]:
                 raise InvalidInputError(f"UNet: {name} must be [{x.shape[0]}], got {list(value.shape)}")
 
-    def _check_conditioning(self, y: Tensor, batch: int | str) -> None:
-        tokens = "1" if self.config.image_conditioned else "N"
-        allowed = (batch, tokens, self.config.y_dim)
-        fits = y.ndim == 3 and all(str(want) in ("B", "N", str(got)) for want, got in zip(allowed, y.shape))
-        if not fits:
-            needed = ", ".join(map(str, allowed))
-            raise InvalidInputError(f"UNet: y must be [{needed}], got {list(y.shape)}")
+    def _check_conditioning(self, y: Tensor, batch: int | None) -> None:
+        one_token = self.config.image_conditioned
+        fits = y.ndim == 3 and y.shape[2] == self.config.y_dim and batch in (None, y.shape[0])
+        if not fits or (one_token and y.shape[1] != 1):
+            needed = f"[{batch or 'B'}, {'1' if one_token else 'N'}, {self.config.y_dim}]"
+            raise InvalidInputError(f"UNet: y must be {needed}, got {list(y.shape)}")

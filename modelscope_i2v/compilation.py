@@ -38,6 +38,9 @@ class CompiledBlocks:
 
     def __init__(self, unet: UNet, backend: str = "inductor"):
         self._done: set[tuple[int, ...]] = set()
+        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+        # For the whole process, as torch has it: where it is passed, blocks silently run as they are.
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), _VARIANTS))
         blocks = [block for block in unet.modules() if isinstance(block, TransformerBlock)]
         self._count = len(blocks)
         try:
@@ -57,11 +60,9 @@ class CompiledBlocks:
         if size in self._done:
             return
         start = time.perf_counter()
-        limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
         try:
-            with torch._dynamo.config.patch({limit: _VARIANTS}):
-                for velocity in velocities:
-                    velocity(x, 999)
+            for velocity in velocities:
+                velocity(x, 999)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise _refusal(error) from error
         self._done.add(size)

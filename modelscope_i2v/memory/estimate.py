@@ -9,6 +9,7 @@ import torch
 from ..configuration import StageSettings
 from ..models.autoencoder import Autoencoder
 from ..models.clip import ClipImageEncoder, ClipTextEncoder
+from ..models.transformers import EXPANSION
 from ..models.unet import UNet
 
 _ELEMENT_BYTES = {"auto": 2, "fp32": 4, "fp16": 2, "bf16": 2}
@@ -19,8 +20,6 @@ _ELEMENT_BYTES = {"auto": 2, "fp32": 4, "fp16": 2, "bf16": 2}
 _UNET_APART, _UNET_TOGETHER = 11.1, 18.1
 #: And this many times the largest tensor inside a layer, where that is taken in parts.
 _UNET_PARTS = 1.6
-#: Inside a transformer, its largest tensor has this many times the elements of its input.
-_EXPANSION = 8
 _AUTOENCODER_ELEMENTS = 8.2  # a pixel and unit of width: 1.8 GiB for one frame of 1280x720
 # Frames in float32, of 12 bytes a pixel: those going in, those coming out, and a copy of these while they are
 # scaled. They lie in the host's memory, wherever the networks are.
@@ -79,7 +78,7 @@ def estimate_memory(
         parameters = [_parameters(part) for part in (unet, autoencoder, tower(settings.clip).model)]
     width = settings.unet.dim * settings.unet.dim_mult[0]
     finest = positions * width
-    parts = min(GPU_CHUNK // 4 if low_memory else GPU_CHUNK, _EXPANSION * finest)
+    parts = min(GPU_CHUNK // 4 if low_memory else GPU_CHUNK, EXPANSION * finest)
     in_unet = _UNET_APART * finest + _UNET_PARTS * parts
     if settings.unet.image_conditioned:
         in_unet = max(in_unet, _UNET_TOGETHER * finest)

@@ -1,0 +1,107 @@
+"""Where everything is when the device is a GPU: tensors, networks, and what they are moved by."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from conftest import relative_error
+from pretended_gpu import GPU, pretended_gpu
+from stage_pipelines import built
+
+from modelscope_i2v.media.video import read_video
+from modelscope_i2v.memory.residency import device_of
+from modelscope_i2v.models import triton_group_norm
+
+ONE, TWO = "image-to-video", "video-to-video"
+GIB = 2**30
+
+
+@pytest.fixture(autouse=True)
+def without_triton(monkeypatch):
+    """Its kernels need a real one."""
+    monkeypatch.setattr(triton_group_norm, "triton", None)
+
+
+@pytest.fixture(scope="module")
+def clip(small_model, picture, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
+    return built(ONE, small_model)(str(picture), output_video=str(path))["output_video"]
+
+
+def networks(pipe) -> list[torch.nn.Module]:
+    return [pipe.model.clip_encoder, pipe.model.generator, pipe.model.autoencoder]
+
+
+def frames_of(pipe, source: str, path, **keywords) -> torch.Tensor:
+    result = pipe(source, output_video=str(path), progress=False, **keywords)
+    return torch.as_tensor(read_video(result["output_video"]).frames).float()
+
+
+def test_it_refuses_what_a_gpu_refuses():
+    with pretended_gpu() as gpu:
+        on_gpu, on_cpu = torch.ones(2, device=gpu), torch.ones(2)
+        assert on_gpu.is_cuda and (on_gpu * 2).device == (on_gpu + torch.tensor(1.0)).device == GPU
+        assert (on_gpu.cpu() + on_cpu).tolist() == [2, 2]
+        with pytest.raises(RuntimeError, match="same device"):
+            on_gpu + on_cpu
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.nn.Linear(2, 2)(on_gpu)
+
+
+CALLS = {
+    "stage one": (ONE, {}),
+    "stage one, windows, approximate": (
+        ONE,
+        {"max_frames": 6, "solver": "dpmpp", "guidance_interval": [0, 500], "reuse_interval": 2},
+    ),
+    "stage two": (TWO, {"text": "a cat"}),
+    "stage two, Heun, windows, another size": (
+        TWO,
+        {"solver_mode": "normal", "negative_prompt": "a dog", "chunk_size": 3, "resolution": [136, 88]},
+    ),
+    "stage two, approximate": (TWO, {"guidance_interval": [0, 500], "reuse_interval": 2}),
+}
+
+
+@pytest.mark.parametrize("stage, keywords", CALLS.values(), ids=CALLS)
+def test_the_video_is_that_of_the_cpu(stage, keywords, small_model, picture, clip, tmp_path):
+    source = str(picture) if stage == ONE else clip
+    expected = frames_of(built(stage, small_model), source, tmp_path / "cpu.mp4", **keywords)
+    with pretended_gpu():
+        pipe = built(stage, small_model, device="gpu")
+        assert {device_of(each) for each in networks(pipe)} == {GPU}
+        frames = frames_of(pipe, source, tmp_path / "gpu.mp4", **keywords)
+    assert relative_error(frames, expected) < 0.04  # most of it the video encoder's
+
+
+@pytest.mark.parametrize("precision, dtype", [("auto", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("stage", [ONE, TWO])
+def test_half_precision(stage, precision, dtype, small_model, picture, clip, tmp_path):
+    with pretended_gpu():
+        pipe = built(stage, small_model, device="cuda:0", precision=precision)
+        assert {parameter.dtype for each in networks(pipe) for parameter in each.parameters()} == {dtype}
+        frames = frames_of(pipe, str(picture) if stage == ONE else clip, tmp_path / "gpu.mp4")
+    assert frames.std() > 1
+
+
+@pytest.mark.parametrize("stage", [ONE, TWO])
+def test_in_low_memory_mode_one_network_at_a_time_is_there(
+    stage, small_model, picture, clip, tmp_path, caplog
+):
+    """Told by the settings, or by how little is free."""
+    seen = []
+    with pretended_gpu(free=GIB // 2**12), caplog.at_level(logging.WARNING):
+        pipe = built(stage, small_model, device="gpu")
+
+        def note(*_) -> None:
+            seen.append([device_of(each) == GPU for each in networks(pipe)])
+
+        for network in (pipe.model.generator.out, pipe.model.autoencoder.decoder):
+            network.register_forward_pre_hook(note)
+        frames_of(pipe, str(picture) if stage == ONE else clip, tmp_path / "gpu.mp4")
+        assert [device_of(each).type for each in networks(pipe)] == ["cpu"] * 3
+    assert pipe.model.low_memory and "low-memory mode" in caplog.text
+    assert [False, True, False] in seen and [False, False, True] in seen
+    assert all(sum(each) == 1 for each in seen)

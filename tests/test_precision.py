@@ -11,8 +11,10 @@ from modelscope.pipelines import pipeline
 from tiny_networks import STAGES, TINY, built, inputs_of
 
 from modelscope_i2v import precision
+from modelscope_i2v.models import autoencoder as autoencoders
+from modelscope_i2v.models import unet as unets
 from modelscope_i2v.models.autoencoder import Autoencoder, AutoencoderConfig
-from modelscope_i2v.models.layers import GroupNormSiLU, channels_last
+from modelscope_i2v.models.layers import GroupNormSiLU, TemporalConv, channels_last
 from modelscope_i2v.models.unet import UNetConfig
 from modelscope_i2v.precision import cpu_has_bf16, select_dtype
 from modelscope_i2v.small_model import random_state_dict
@@ -21,7 +23,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 #: ||half - float32|| / ||float32|| of one call of a network with random weights: sixteen and two times the
 #: rounding of one number (2^-9 and 2^-12), which hundreds of layers add up to.
-ERRORS = {torch.bfloat16: 0.05, torch.float16: 0.006}
+ERRORS = {torch.bfloat16: 0.03, torch.float16: 0.006}
 
 
 @pytest.fixture(autouse=True)
@@ -99,16 +101,44 @@ def test_group_norm_is_the_same_in_any_layout(shape, dtype):
     assert relative_error(y.float(), expected) < (1e-6 if dtype == torch.float32 else 5e-3)
 
 
+@pytest.mark.parametrize(
+    "dtype, stream",
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float32)],
+    ids=str,
+)
+def test_the_residual_stream_of_bfloat16_is_float32(dtype, stream):
+    """What blocks take and give, while their convolutions and linear maps compute in the parameters' type."""
+    unet = channels_last(built(UNetConfig(**TINY))).to(dtype)
+    autoencoder = Autoencoder(AutoencoderConfig(ch=32, ch_mult=(1, 2), num_res_blocks=1)).to(dtype)
+    between, inside = set(), set()
+    for network in (unet, autoencoder):
+        for module in network.modules():
+            if isinstance(module, (unets.ResidualBlock, autoencoders.ResidualBlock)):
+                module.register_forward_hook(
+                    lambda _, inputs, result: between.update((inputs[0].dtype, result.dtype))
+                )
+            if type(module) in (torch.nn.Conv2d, torch.nn.Linear, TemporalConv):
+                module.register_forward_hook(
+                    lambda _, inputs, result: inside.update((inputs[0].dtype, result.dtype))
+                )
+    assert unet(**inputs_of(unet, 1, 4, 16, 16)).dtype == dtype
+    autoencoder.encode(autoencoder.decode(torch.zeros(1, 4, 8, 8)))
+    assert (between, inside) == ({stream}, {dtype})
+
+
 def psnr(frames, reference) -> float:
     """Peak signal-to-noise ratio in dB of frames from 0 to 255."""
     error = ((frames.astype(float) - reference.astype(float)) ** 2).mean()
     return 10 * math.log10(255**2 / error)
 
 
-def test_stage_one_in_half_precision_is_within_40_db(small_model, picture):
-    full, half = (
-        pipeline("image-to-video", model=str(small_model[0]), device="cpu", precision=name, max_frames=4)
-        for name in ("fp32", "fp16")
-    )
-    videos = [pipe.generate(str(picture), steps=4).frames for pipe in (full, half)]
-    assert 40 < psnr(videos[1], videos[0]) < 90
+def test_stage_one_in_half_precision(small_model, picture):
+    """Networks with random weights are not smooth: trained ones drive rounding errors apart less."""
+    videos = {}
+    for name in ("fp32", "fp16", "bf16"):
+        pipe = pipeline(
+            "image-to-video", model=str(small_model[0]), device="cpu", precision=name, max_frames=4
+        )
+        videos[name] = pipe.generate(str(picture), steps=4).frames
+    assert 48 < psnr(videos["fp16"], videos["fp32"]) < 90
+    assert 35 < psnr(videos["bf16"], videos["fp32"]) < 70

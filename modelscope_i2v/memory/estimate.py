@@ -12,7 +12,8 @@ from ..models.clip import ClipImageEncoder, ClipTextEncoder
 from ..models.transformers import EXPANSION
 from ..models.unet import UNet
 
-_ELEMENT_BYTES = {"auto": 2, "fp32": 4, "fp16": 2, "bf16": 2}
+_WEIGHT_BYTES = {"auto": 2, "fp32": 4, "fp16": 2, "bf16": 2}
+_ACTIVATION_BYTES = {**_WEIGHT_BYTES, "bf16": 4}  # counted: the residual stream is float32 beside bf16
 
 # Counted, by following every tensor of a call, on the published networks in half precision. In units of the
 # latent's positions x the width of the UNet's finest level, the branches of guidance take 11.1 where they
@@ -69,13 +70,13 @@ def estimate_memory(
         window: frames that go through the UNet at a time.
         low_memory: whether the networks take turns, so that one's weights count and not all's.
     """
-    element = _ELEMENT_BYTES[settings.precision]
     pixels = size[0] * size[1]
     positions = min(window, frames) * pixels / settings.autoencoder.downscale**2
     with torch.device("meta"):  # nothing is allocated
         unet, autoencoder = UNet(settings.unet), Autoencoder(settings.autoencoder)
         tower = ClipImageEncoder if settings.unet.image_conditioned else ClipTextEncoder
-        parameters = [_parameters(part) for part in (unet, autoencoder, tower(settings.clip).model)]
+        networks = unet, autoencoder, tower(settings.clip).model
+    of_weights = [_parameters(each) * _WEIGHT_BYTES[settings.precision] for each in networks]
     width = settings.unet.dim * settings.unet.dim_mult[0]
     finest = positions * width
     parts = min(GPU_CHUNK // 4 if low_memory else GPU_CHUNK, EXPANSION * finest)
@@ -84,15 +85,12 @@ def estimate_memory(
         in_unet = max(in_unet, _UNET_TOGETHER * finest)
     decoded = (1 if low_memory else min(settings.decoder_bs, frames)) * pixels
     in_autoencoder = decoded * settings.autoencoder.ch * _AUTOENCODER_ELEMENTS
+    inside = [int(each * _ACTIVATION_BYTES[settings.precision]) for each in (in_unet, in_autoencoder, 0)]
     if low_memory:  # which network needs the most, with what it computes
-        weights, activations = max(zip(parameters, (in_unet, in_autoencoder, 0)), key=sum)
+        weights, activations = max(zip(of_weights, inside), key=sum)
     else:
-        weights, activations = sum(parameters), max(in_unet, in_autoencoder)
-    return MemoryEstimate(
-        weights=weights * element,
-        activations=int(activations * element),
-        frames=frames * pixels * _FRAME_BYTES,
-    )
+        weights, activations = sum(of_weights), max(inside)
+    return MemoryEstimate(weights, activations, frames=frames * pixels * _FRAME_BYTES)
 
 
 def memory_in_words(settings: StageSettings, size: tuple[int, int], frames: int, window: int) -> str:

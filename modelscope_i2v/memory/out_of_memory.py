@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import logging
+from dataclasses import replace
 from typing import Callable, Iterable, Iterator, TypeVar
 
 import torch
 
 from ..configuration import StageSettings
 from ..errors import NotEnoughMemoryError
+from ..precision import precision_name, select_dtype
 from ..request import Request
 from .estimate import estimate_memory, in_gigabytes
 
@@ -73,6 +75,7 @@ def not_enough(
 
     It says how much is needed, how much there is, and which settings would fit.
     """
+    settings = replace(settings, precision=precision_name(select_dtype(settings.precision, device)))
     window = min(request.window, frames)
     needed = estimate_memory(settings, request.size, frames, window, low_memory)
     there, total = _memory(device)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InvalidInputError
 from .attention import sdpa_attention
-from .layers import GROUPS, GroupNorm, GroupNormSiLU
+from .layers import GROUPS, GroupNorm, GroupNormSiLU, StreamConv, stream_dtype
 
 _EPS = 1e-6  # of every GroupNorm
 
@@ -73,7 +73,7 @@ class ResidualBlock(nn.Module):
         self.norm2 = GroupNormSiLU(out_width, _EPS)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
         if in_width != out_width:
-            self.nin_shortcut = nn.Conv2d(in_width, out_width, 1)
+            self.nin_shortcut = StreamConv(in_width, out_width, 1)
         else:
             self.nin_shortcut = nn.Identity()
 
@@ -104,7 +104,7 @@ class AttentionBlock(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
+        self.conv = StreamConv(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))  # a row below and a column to the right
@@ -113,7 +113,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = StreamConv(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -150,7 +150,7 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths = [config.ch * multiple for multiple in config.ch_mult]
-        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.conv_in = StreamConv(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for in_width, out_width in zip([config.ch] + widths, widths):
             self.down.append(Level(in_width, out_width, config.num_res_blocks))
@@ -174,7 +174,7 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig):
         super().__init__()
         widths = [config.ch * multiple for multiple in config.ch_mult]
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.conv_in = StreamConv(config.z_channels, widths[-1], 3, padding=1)
         self.mid = MiddleBlock(widths[-1])
         self.up = nn.ModuleList()  # numbered from the finest level, run from the coarsest
         for in_width, out_width in zip(widths[1:] + widths[-1:], widths):
@@ -211,12 +211,13 @@ class Autoencoder(nn.Module):
                 f"autoencoder: images must be [N, {channels}, H, W] with H and W multiples of {multiple}, "
                 f"got {list(x.shape)}"
             )
-        x = x.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
+        x = x.to(stream_dtype(self.quant_conv.weight.dtype), memory_format=torch.channels_last)
         moments = self.quant_conv(self.encoder(x))
         mean, logvar = moments.chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:
         """Images [N, 3, 8 h, 8 w], about [-1, 1], of latents [N, z, h, w]."""
-        z = z.to(self.post_quant_conv.weight.dtype, memory_format=torch.channels_last)
-        return self.decoder(self.post_quant_conv(z))
+        dtype = self.post_quant_conv.weight.dtype
+        z = self.post_quant_conv(z.to(dtype, memory_format=torch.channels_last))
+        return self.decoder(z.to(stream_dtype(dtype)))

@@ -2,6 +2,10 @@
 
 In that layout the pixels of a frame, and the frames of a video, follow each other as rows of channels. So
 frames can be folded into the batch, tokens made of pixels, and time made a spatial axis, all without a copy.
+
+A network's blocks add to one residual stream from its first convolution to its last. In bfloat16, whose eight
+bits each addition would round to, the stream is float32: norms take it and give the parameters' type to the
+convolutions and linear maps behind them. In other types all is of the parameters' type.
 """
 
 from __future__ import annotations
@@ -13,8 +17,31 @@ from torch import Tensor, nn
 GROUPS = 32  # of every GroupNorm
 
 
+def stream_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the residual stream of a network whose parameters are of a type."""
+    return torch.float32 if dtype == torch.bfloat16 else dtype
+
+
+class StreamConv(nn.Conv2d):
+    """A convolution from the residual stream to the residual stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm of the residual stream, which gives the parameters' type."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps).to(self.weight.dtype)
+
+
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of 32 groups, n c h w in and out, by whatever computes it best where x is."""
+    """GroupNorm of 32 groups, n c h w in and out, by whatever computes it best where x is.
+
+    It gives the parameters' type.
+    """
 
     silu = False
 
@@ -32,7 +59,7 @@ class GroupNormSiLU(GroupNorm):
 
 
 def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
-    """A norm of x [N, C, h, w], then SiLU if wanted, in x's memory layout."""
+    """A norm of x [N, C, h, w], then SiLU if wanted, in x's memory layout and the norm's type."""
     if x.is_cuda:
         from . import triton_group_norm as fused  # optional, and of no use elsewhere
 
@@ -40,8 +67,8 @@ def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
             return fused.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
     apart = _slow_in_channels_last(x, norm)
     y = x.contiguous() if apart else x
-    y = F.group_norm(y, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    y = F.silu(y, inplace=True) if silu else y
+    y = F.group_norm(y, norm.num_groups, norm.weight.to(y.dtype), norm.bias.to(y.dtype), norm.eps)
+    y = (F.silu(y, inplace=True) if silu else y).to(norm.weight.dtype)
     return y.contiguous(memory_format=torch.channels_last) if apart else y
 
 

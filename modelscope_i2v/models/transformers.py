@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionFunction
 from .conditioning import Conditioning, KeysValues
-from .layers import GroupNorm
+from .layers import GroupNorm, LayerNorm
 
 #: The largest tensor inside a transformer, GEGLU's projection, has this many times its input's elements.
 EXPANSION = 8
@@ -101,9 +101,9 @@ class TransformerBlock(nn.Module):
         self.attn1 = attention(width, width, heads, attend)
         self.ff = FeedForward(width)
         self.attn2 = attention(width, context_dim or width, heads, attend)
-        self.norm1 = nn.LayerNorm(width)
-        self.norm2 = nn.LayerNorm(width)
-        self.norm3 = nn.LayerNorm(width)
+        self.norm1 = LayerNorm(width)
+        self.norm2 = LayerNorm(width)
+        self.norm3 = LayerNorm(width)
 
     def self_attend(self, x: Tensor) -> Tensor:
         return x + self.attn1(self.norm1(x))
@@ -152,10 +152,11 @@ class SpatialTransformer(nn.Module):
 
     def _self_attend(self, x: Tensor) -> Tensor:
         tokens = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
-        return self.transformer_blocks[0].self_attend(tokens)
+        return self.transformer_blocks[0].self_attend(tokens.to(x.dtype))
 
     def _attend_context(self, x: Tensor, tokens: Tensor, context: KeysValues) -> Tensor:
-        tokens = self.proj_out(self.transformer_blocks[0].attend_context(tokens, context))
+        tokens = self.transformer_blocks[0].attend_context(tokens, context)
+        tokens = self.proj_out(tokens.to(self.proj_out.weight.dtype))
         return x + rearrange(tokens, "n (h w) c -> n c h w", h=x.shape[2])
 
 
@@ -184,13 +185,13 @@ class TemporalTransformer(nn.Module):
         )
         for video, normed_video, result_video in zip(*videos):
             for pixels in conditioning.pixel_groups(video, self.expansion):
-                tokens = self._attend(normed_video[:, pixels])
+                tokens = self._attend(normed_video[:, pixels], x.dtype)
                 result_video[:, pixels] = video[:, pixels] + tokens
         return result
 
-    def _attend(self, tokens: Tensor) -> Tensor:
+    def _attend(self, tokens: Tensor, stream: torch.dtype) -> Tensor:
         """Of some pixels' frames, f p c."""
         # A convolution of width 1 is a linear map: applied as one, it needs no transposed copies.
         tokens = F.linear(tokens, self.proj_in.weight.squeeze(-1), self.proj_in.bias)
-        tokens = self.transformer_blocks[0](tokens)
+        tokens = self.transformer_blocks[0](tokens.to(stream)).to(tokens.dtype)
         return F.linear(tokens, self.proj_out.weight.squeeze(-1), self.proj_out.bias)

@@ -213,7 +213,7 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
         silu: whether SiLU follows.
 
     Returns:
-        y [N, C, *spatial], in x's dtype and memory layout.
+        y [N, C, *spatial], in weight's dtype and x's memory layout.
     """
     samples, channels = x.shape[:2]
     rows = x.numel() // (samples * channels)
@@ -226,7 +226,7 @@ def group_norm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: f
 
     partial = torch.empty((samples, row_blocks, 2, channels), dtype=torch.float32, device=x.device)
     affine = torch.empty((samples, 2, channels), dtype=torch.float32, device=x.device)
-    y = torch.empty_like(x)
+    y = torch.empty_like(x, dtype=weight.dtype)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _partial_statistics[(samples * row_blocks * channel_blocks,)](
             x, partial, rows, channels, block_rows, row_blocks, STATISTICS_ROWS, BLOCK_C, **OPTIONS

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import ConfigurationError, InvalidInputError
 from .attention import AttentionFunction, sdpa_attention
 from .conditioning import Conditioning, Context
-from .layers import GROUPS, GroupNormSiLU, TemporalConv
+from .layers import GROUPS, GroupNormSiLU, StreamConv, TemporalConv, stream_dtype
 from .transformers import SpatialTransformer, TemporalTransformer
 
 
@@ -85,7 +85,7 @@ class LayerList(nn.ModuleList):
         return x
 
 
-class InputConv(nn.Conv2d):
+class InputConv(StreamConv):
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         return super().forward(x)
 
@@ -95,7 +95,7 @@ class Downsample(nn.Module):
 
     def __init__(self, width: int, row_padding: int):
         super().__init__()
-        self.op = nn.Conv2d(width, width, 3, stride=2, padding=(row_padding, 1))
+        self.op = StreamConv(width, width, 3, stride=2, padding=(row_padding, 1))
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         return self.op(x)
@@ -107,7 +107,7 @@ class Upsample(nn.Module):
     def __init__(self, width: int, row_padding: int):
         super().__init__()
         self.surplus = row_padding - 1
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.conv = StreamConv(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
@@ -151,11 +151,12 @@ class ResidualBlock(nn.Module):
             nn.Conv2d(out_width, out_width, 3, padding=1),
         )
         same = in_width == out_width
-        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_width, out_width, 1)
+        self.skip_connection = nn.Identity() if same else StreamConv(in_width, out_width, 1)
         self.temopral_conv = TemporalConvolution(out_width)  # spelt so in the published checkpoints
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        embedding = self.emb_layers(conditioning.embedding).repeat_interleave(conditioning.frames, 0)
+        embedding = self.emb_layers(conditioning.embedding).to(x.dtype)
+        embedding = embedding.repeat_interleave(conditioning.frames, 0)
 
         def spatial(frames: slice, _: slice) -> Tensor:
             h = self.in_layers(x[frames]) + embedding[frames, :, None, None]
@@ -333,9 +334,7 @@ class UNet(nn.Module):
                 ends.append(self._last_block(features, skip, under))
                 if deep is not None:
                     deep.append(features)
-        return [
-            rearrange(end[:, :, :height, :width], "(b f) c h w -> b c f h w", f=frames) for end in ends
-        ]
+        return [rearrange(end[:, :, :height, :width], "(b f) c h w -> b c f h w", f=frames) for end in ends]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -391,10 +390,10 @@ class UNet(nn.Module):
         return self.out(x)
 
     def _frames_of(self, x: Tensor) -> Tensor:
-        """b c f h w -> (b f) c h w in channels-last memory, of a size that comes back."""
+        """b c f h w -> the residual stream's (b f) c h w, of a size that comes back."""
         height, width = x.shape[3:]
         padded_height, padded_width = self.config.padded_size(height, width)
-        x = rearrange(x.to(self.dtype), "b c f h w -> (b f) c h w")
+        x = rearrange(x.to(stream_dtype(self.dtype)), "b c f h w -> (b f) c h w")
         x = F.pad(x, (0, padded_width - width, 0, padded_height - height), mode="replicate")
         return x.contiguous(memory_format=torch.channels_last)
 

@@ -250,6 +250,11 @@ def stages_in(contents: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(stages))
 
 
+def section_of(contents: Mapping[str, Any], stage: str) -> str:
+    """Where a ``configuration.json`` describes a stage."""
+    return "model" if contents.get("task") == stage else SECOND_STAGE_SECTION
+
+
 def load_settings(
     folder: str | Path, stage: str, overrides: Mapping[str, Any] | None = None
 ) -> StageSettings:
@@ -268,7 +273,7 @@ def load_settings(
     if stage not in stages_in(contents):
         described = " and ".join(stages_in(contents)) or repr(contents.get("task"))
         raise ConfigurationError(f"{path}: describes {described}, not {stage}")
-    section = "model" if contents.get("task") == stage else SECOND_STAGE_SECTION
+    section = section_of(contents, stage)
     try:
         settings = _parse(_merged(_object(contents, section), section), SETTINGS_OF_STAGE[stage], path)
     except ConfigurationError as error:

@@ -30,6 +30,7 @@ from .configuration import (
     VideoToVideoSettings,
     load_settings,
     read_configuration,
+    section_of,
     stages_in,
 )
 from .errors import ConfigurationError, InvalidInputError, OutputError
@@ -245,25 +246,20 @@ def _configuration_file(
     contents = copy.deepcopy(before)
     for other in others:  # stage two's
         theirs = read_configuration(other)
-        section = theirs.get(_section(theirs, VideoToVideoSettings.stage), {})
+        section = theirs.get(section_of(theirs, VideoToVideoSettings.stage), {})
         contents = {**contents, SECOND_STAGE_SECTION: section}
         contents = {**contents, **{name: value for name, value in theirs.items() if name not in contents}}
     for file in files:
         for need in file.needs:
             # The loader takes the safetensors file of the stem that is configured.
             if Path(need.configured).with_suffix(SUFFIX) != Path(file.name):
-                section = contents.setdefault(_section(contents, need.stage), {})
+                section = contents.setdefault(section_of(contents, need.stage), {})
                 _set_everywhere(section, need.setting, file.name)
     if contents == before:
         return (first / FILE_NAME).read_bytes()
     text = json.dumps(contents, indent=4, ensure_ascii=False)
     # Half a surrogate pair, which only JSON's escape can spell, becomes that escape.
     return text.encode("utf-8", "backslashreplace")
-
-
-def _section(contents: Mapping[str, Any], stage: str) -> str:
-    """Where a ``configuration.json`` describes a stage."""
-    return "model" if contents.get("task") == stage else SECOND_STAGE_SECTION
 
 
 def _set_everywhere(section: dict[str, Any], setting: str, value: str) -> None:

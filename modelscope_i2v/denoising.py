@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Iterator
 
 import torch
@@ -51,23 +52,34 @@ class _Branches:
         self, unet: UNet, y: Tensor, negative_y: Tensor, reuse_interval: int, told: dict[str, Tensor]
     ):
         self._unet, self._told = unet, told
-        device = next(unet.parameters()).device
-        self._device, self._batch = device, y.shape[0]
-        self._apart: list[Context] = [unet.project_context(each.to(device)) for each in (y, negative_y)]
-        self._together: list[Context] = []
-        if y.shape == negative_y.shape:
-            self._together = [unet.project_context(torch.cat([y, negative_y]).to(device))]
+        self._device, self._batch = next(unet.parameters()).device, y.shape[0]
+        self._y, self._negative_y = y.to(self._device), negative_y.to(self._device)
         self._reuse = _FeatureReuse(reuse_interval)
 
     def conditional(self, x: Tensor, t: int) -> Tensor:
         """[B, 4, F, h, w]"""
-        return self._predict(x, t, self._apart[:1], branches=1)[0]
+        return self._predict(x, t, [self._context], branches=1)[0]
 
     def both(self, x: Tensor, t: int) -> Tensor:
         """[2, B, 4, F, h, w]"""
         small = x[:, 0].numel() <= _TOGETHER.get(self._device.type, 0)
-        contexts = self._together if small and self._together else self._apart
+        together = small and self._y.shape == self._negative_y.shape
+        contexts = [self._joint_context] if together else [self._context, self._negative_context]
         return torch.cat(self._predict(x, t, contexts, branches=2)).unflatten(0, (2, -1))
+
+    # Each projected when it is first needed, and once.
+
+    @cached_property
+    def _context(self) -> Context:
+        return self._unet.project_context(self._y)
+
+    @cached_property
+    def _negative_context(self) -> Context:
+        return self._unet.project_context(self._negative_y)
+
+    @cached_property
+    def _joint_context(self) -> Context:
+        return self._unet.project_context(torch.cat([self._y, self._negative_y]))
 
     def _predict(self, x: Tensor, t: int, contexts: list[Context], branches: int) -> list[Tensor]:
         timesteps = torch.full((self._batch,), t, device=self._device)

@@ -102,7 +102,7 @@ setup(
     ],
     extras_require={
         "xformers": ["xformers"],
-        "test": ["pytest", "pytest-timeout", "ruff", "setuptools>=64", "wheel"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools>=64", "wheel"],
     },
     entry_points={"console_scripts": ["modelscope-i2v = modelscope_i2v.cli:main"]},
     classifiers=[

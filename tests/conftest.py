@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 import torch
 from environments import Environment
+from sample_videos import moving_frames
+from stage_pipelines import STAGES, built
 
+from modelscope_i2v.media.video import encode_video
 from modelscope_i2v.small_model import make_small_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,6 +47,12 @@ def relative_error(ours: torch.Tensor, reference) -> float:
     return ((ours - reference).norm() / reference.norm()).item()
 
 
+@pytest.fixture
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory) -> tuple[Path, Path]:
     """The folders of stage one and stage two of a tiny model. Do not write into them."""
@@ -60,6 +69,40 @@ def picture(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pictures") / "picture.png"
     Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8)).save(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def i2v(small_model):
+    """Stage one's pipeline."""
+    return built(STAGES[0], small_model)
+
+
+@pytest.fixture(scope="module")
+def v2v(small_model):
+    """Stage two's pipeline."""
+    return built(STAGES[1], small_model)
+
+
+@pytest.fixture(scope="module")
+def clip(i2v, picture, tmp_path_factory) -> Path:
+    """A video of stage one."""
+    path = tmp_path_factory.mktemp("videos") / "i2v.mp4"
+    i2v(str(picture), output_video=str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def pipes(small_model) -> dict:
+    """Pipelines by stage, with one step a video: quick."""
+    return {stage: built(stage, small_model, steps=1) for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def inputs(picture, tmp_path_factory) -> dict[str, str]:
+    """Files for ``pipes``."""
+    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
+    path.write_bytes(encode_video(moving_frames(4, 40, 64)))
+    return {STAGES[0]: str(picture), STAGES[1]: str(path)}
 
 
 @pytest.fixture(scope="session")

@@ -16,23 +16,6 @@ from modelscope_i2v.provenance import keywords_like
 from modelscope_i2v.samplers.ddim import DDIMSchedule, sample_ddim
 from modelscope_i2v.samplers.dpmpp import karras_timesteps, sample_dpmpp_2m
 
-
-@pytest.fixture(scope="module")
-def i2v(small_model):
-    return pipeline("image-to-video", model=str(small_model[0]), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def v2v(small_model):
-    return pipeline("video-to-video", model=str(small_model[1]), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def clip(i2v, picture, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
-    return i2v(str(picture), output_video=str(path))[OutputKeys.OUTPUT_VIDEO]
-
-
 # The sampler
 
 
@@ -161,7 +144,7 @@ def test_each_window_of_a_long_video_has_features_of_its_own(v2v, clip):
     unet = v2v.model.generator
     hook = unet.middle_block[0].register_forward_hook(lambda *_: seen.append(1))
     try:
-        v2v({"video_path": clip}, chunk_size=3, overlap_size=2, steps=4, reuse_interval=2)
+        v2v({"video_path": str(clip)}, chunk_size=3, overlap_size=2, steps=4, reuse_interval=2)
     finally:
         hook.remove()
     assert len(frames) == 4  # two windows, two branches in one pass, two of four steps
@@ -188,7 +171,7 @@ def test_log_result_and_file_say_what_was_approximated(
     stage, keywords, mode, picture, clip, tmp_path, request, caplog
 ):
     pipe = request.getfixturevalue(stage)
-    source = str(picture) if stage == "i2v" else {"video_path": clip}
+    source = str(picture) if stage == "i2v" else {"video_path": str(clip)}
     path = tmp_path / "video.mp4"
     with caplog.at_level("INFO"):
         result = pipe(source, output_video=str(path), **keywords)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_fixture, load_json, relative_error
+from tiny_networks import normal, with_random_weights
 
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError
 from modelscope_i2v.models.autoencoder import (
@@ -18,22 +19,8 @@ from modelscope_i2v.models.autoencoder import (
     ResidualBlock,
     Upsample,
 )
-from modelscope_i2v.small_model import random_state_dict
 
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def with_random_weights(module: torch.nn.Module) -> torch.nn.Module:
-    module.load_state_dict(random_state_dict(module))
-    return module.eval()
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture(scope="module")

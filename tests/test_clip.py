@@ -7,10 +7,13 @@ import open_clip
 import pytest
 import torch
 from conftest import load_fixture, load_json, relative_error
+from tiny_networks import normal
 
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError
 from modelscope_i2v.models.clip import ClipConfig, ClipImageEncoder, ClipTextEncoder
 from modelscope_i2v.small_model import random_state_dict
+
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 TINY = {
     "embed_dim": 24,
@@ -18,16 +21,6 @@ TINY = {
     "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 3},
 }
 TOWERS = {"image": ClipImageEncoder, "text": ClipTextEncoder}
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def built(tower: type, model_cfg: dict, seed: int = 0, **given):

@@ -13,11 +13,7 @@ from modelscope_i2v.denoising import guided_velocity
 from modelscope_i2v.models.unet import UNet, UNetConfig
 from modelscope_i2v.request import Request, check_keywords
 
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("without_gradients")
 
 
 @pytest.fixture(params=STAGES, scope="module")

@@ -6,25 +6,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from tiny_networks import normal
 
 from modelscope_i2v.latents import decode_video, draw_noise, encode_video, latent_size
 from modelscope_i2v.models.autoencoder import Autoencoder, AutoencoderConfig
 from modelscope_i2v.models.unet import UNetConfig
 from modelscope_i2v.small_model import random_state_dict
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 STAGE_ONE = UNetConfig()
 STAGE_TWO = UNetConfig(image_conditioned=False, row_padding=2)
 SCALE = 0.18215
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(scope="module")

@@ -24,12 +24,6 @@ def without_triton(monkeypatch):
     monkeypatch.setattr(triton_group_norm, "triton", None)
 
 
-@pytest.fixture(scope="module")
-def clip(small_model, picture, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("clips") / "clip.mp4"
-    return built(ONE, small_model)(str(picture), output_video=str(path))["output_video"]
-
-
 def networks(pipe) -> list[torch.nn.Module]:
     return [pipe.model.clip_encoder, pipe.model.generator, pipe.model.autoencoder]
 
@@ -67,7 +61,7 @@ CALLS = {
 
 @pytest.mark.parametrize("stage, keywords", CALLS.values(), ids=CALLS)
 def test_the_video_is_that_of_the_cpu(stage, keywords, small_model, picture, clip, tmp_path):
-    source = str(picture) if stage == ONE else clip
+    source = str(picture) if stage == ONE else str(clip)
     expected = frames_of(built(stage, small_model), source, tmp_path / "cpu.mp4", **keywords)
     with pretended_gpu():
         pipe = built(stage, small_model, device="gpu")
@@ -82,7 +76,7 @@ def test_half_precision(stage, precision, dtype, small_model, picture, clip, tmp
     with pretended_gpu():
         pipe = built(stage, small_model, device="cuda:0", precision=precision)
         assert {parameter.dtype for each in networks(pipe) for parameter in each.parameters()} == {dtype}
-        frames = frames_of(pipe, str(picture) if stage == ONE else clip, tmp_path / "gpu.mp4")
+        frames = frames_of(pipe, str(picture) if stage == ONE else str(clip), tmp_path / "gpu.mp4")
     assert frames.std() > 1
 
 
@@ -100,7 +94,7 @@ def test_in_low_memory_mode_one_network_at_a_time_is_there(
 
         for network in (pipe.model.generator.out, pipe.model.autoencoder.decoder):
             network.register_forward_pre_hook(note)
-        frames_of(pipe, str(picture) if stage == ONE else clip, tmp_path / "gpu.mp4")
+        frames_of(pipe, str(picture) if stage == ONE else str(clip), tmp_path / "gpu.mp4")
         assert [device_of(each).type for each in networks(pipe)] == ["cpu"] * 3
     assert pipe.model.low_memory and "low-memory mode" in caplog.text
     assert [False, True, False] in seen and [False, False, True] in seen

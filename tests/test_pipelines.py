@@ -25,24 +25,6 @@ from modelscope_i2v.samplers.sdedit import BrownianNoise, dpmpp_2m_sde_levels, s
 from modelscope_i2v.samplers.velocity import guided
 
 
-@pytest.fixture(scope="module")
-def i2v(small_model):
-    return pipeline("image-to-video", model=str(small_model[0]), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def v2v(small_model):
-    return pipeline("video-to-video", model=str(small_model[1]), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def clip(i2v, picture, tmp_path_factory) -> Path:
-    """A video of stage one."""
-    path = tmp_path_factory.mktemp("videos") / "i2v.mp4"
-    i2v(str(picture), output_video=str(path))
-    return path
-
-
 def video_bytes(result: dict) -> bytes:
     assert isinstance(result[OutputKeys.OUTPUT_VIDEO], bytes)
     return result[OutputKeys.OUTPUT_VIDEO]

@@ -19,17 +19,13 @@ from modelscope_i2v.models.unet import UNetConfig
 from modelscope_i2v.precision import cpu_has_bf16, select_dtype
 from modelscope_i2v.small_model import random_state_dict
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 #: ||half - float32|| / ||float32|| of one call of a network with random weights: sixteen and two times the
 #: rounding of one number (2^-9 and 2^-12), which hundreds of layers add up to.
 ERRORS = {torch.bfloat16: 0.03, torch.float16: 0.006}
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
 
 
 def test_auto_is_half_precision_where_the_hardware_has_it(monkeypatch):

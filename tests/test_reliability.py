@@ -20,7 +20,6 @@ import pytest
 import torch
 from modelscope.outputs import OutputKeys
 from modelscope.pipelines import pipeline
-from sample_videos import moving_frames
 from stage_pipelines import STAGES, built, video_of
 
 from modelscope_i2v import errors
@@ -30,26 +29,12 @@ from modelscope_i2v.errors import (
     MissingFileError,
     OutputError,
 )
-from modelscope_i2v.media.video import encode_video, read_video
+from modelscope_i2v.media.video import read_video
 from modelscope_i2v.models.autoencoder import Autoencoder
 from modelscope_i2v.models.clip import ClipImageEncoder, ClipTextEncoder
 from modelscope_i2v.models.unet import UNet
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def pipes(small_model) -> dict[str, Any]:
-    """By stage, with one step a video: quick."""
-    return {stage: built(stage, small_model, steps=1) for stage in STAGES}
-
-
-@pytest.fixture(scope="module")
-def inputs(picture, tmp_path_factory) -> dict[str, str]:
-    """Files for each stage."""
-    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
-    path.write_bytes(encode_video(moving_frames(4, 40, 64)))
-    return {STAGES[0]: str(picture), STAGES[1]: str(path)}
 
 
 @pytest.fixture(scope="module")

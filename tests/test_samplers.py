@@ -31,14 +31,10 @@ from modelscope_i2v.samplers.sdedit import (
 from modelscope_i2v.samplers.velocity import denoised, guided, guided_within, window_starts, windowed
 from modelscope_i2v.small_model import random_state_dict
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 SHAPE = (1, 4, 3, 5, 6)
 DIVISORS = [steps for steps in range(1, 1000) if 1000 % steps == 0]
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -36,13 +36,9 @@ from modelscope_i2v.models.unet import (
 )
 from modelscope_i2v.small_model import random_weight
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 FRAMES, HEIGHT, WIDTH = 3, 4, 5
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
 
 
 def context_tokens(batch: int = 1, tokens: int = 6) -> torch.Tensor:

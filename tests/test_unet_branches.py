@@ -12,14 +12,10 @@ from modelscope_i2v.models.layers import TemporalConv, channels_last
 from modelscope_i2v.models.transformers import GEGLU, SpatialTransformer
 from modelscope_i2v.models.unet import UNet, UNetConfig
 
+pytestmark = pytest.mark.usefixtures("without_gradients")
+
 #: Two frames sizes, of which the second is padded.
 SIZES = [(16, 16), (13, 11)]
-
-
-@pytest.fixture(autouse=True)
-def without_gradients():
-    with torch.no_grad():
-        yield
 
 
 @pytest.fixture(params=STAGES, scope="module")

@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from modelscope_i2v.checkpoints import find_checkpoint, load_weights, open_checkpoint
+from modelscope_i2v.checkpoints import find_checkpoint, load_weights, loading, open_checkpoint
 from modelscope_i2v.errors import CheckpointError, MissingFileError
+from modelscope_i2v.models.layers import in_channels_last
 
 SAVERS = {
     "zip": torch.save,
@@ -138,6 +139,30 @@ def test_prefix_is_stripped_and_only_floating_tensors_are_cast(tmp_path, save):
         assert torch.equal(checkpoint.read("weight", dtype=torch.float16), weight.half())
         assert checkpoint.read("count", dtype=torch.float16).dtype is torch.int64
         assert checkpoint.read("weight", device="meta").is_meta
+
+
+@pytest.mark.parametrize("save", TORCH_SAVERS.values(), ids=TORCH_SAVERS)
+@pytest.mark.parametrize("elements", [1, 5, 10**6])
+def test_what_is_cast_is_read_in_pieces(tmp_path, monkeypatch, save, elements):
+    """As laid out in the file, whatever its strides are."""
+    monkeypatch.setattr(loading, "_PIECE", elements)
+    whole = random_tensor(7, 6)
+    state = {"rows": whole, "columns": whole.t(), "part": whole[1:, ::2], "none": whole[:0]}
+    save(state, tmp_path / "weights")
+    with open_checkpoint(tmp_path / "weights") as checkpoint:
+        for key, value in state.items():
+            read = checkpoint.read(key, dtype=torch.bfloat16)
+            assert torch.equal(read, value.bfloat16()) and read.is_contiguous()
+
+
+def test_weights_get_a_layout_as_they_come(tmp_path):
+    conv = nn.Conv2d(4, 8, 3)
+    torch.save(conv.state_dict(), tmp_path / "weights")
+    with torch.device("meta"):
+        other = nn.Conv2d(4, 8, 3)
+    load_weights(other, tmp_path / "weights", layout=in_channels_last)
+    assert torch.equal(other.weight, conv.weight) and torch.equal(other.bias, conv.bias)
+    assert other.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import relative_error
-from tiny_networks import STAGES, TINY, built, inputs_of, normal
+from tiny_networks import STAGES, TINY, built, channels_last, inputs_of, normal
 from torch import nn
 
-from modelscope_i2v.models.layers import TemporalConv, channels_last
+from modelscope_i2v.models.layers import TemporalConv
 from modelscope_i2v.models.transformers import GEGLU, SpatialTransformer
 from modelscope_i2v.models.unet import UNet, UNetConfig
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from modelscope_i2v.models.layers import in_channels_last
 from modelscope_i2v.models.unet import UNet, UNetConfig
 from modelscope_i2v.small_model import random_state_dict
 
@@ -24,6 +25,13 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def with_random_weights(module: nn.Module, seed: int = 0) -> nn.Module:
     module.load_state_dict(random_state_dict(module, seed))
     return module.eval()
+
+
+def channels_last(network: nn.Module) -> nn.Module:
+    """With its weights as they are loaded."""
+    for parameter in network.parameters():
+        parameter.data = in_channels_last(parameter.data)
+    return network
 
 
 def built(config: UNetConfig, seed: int = 0, **arguments) -> UNet:

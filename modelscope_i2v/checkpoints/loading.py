@@ -2,9 +2,10 @@
 
 A file is described first (:func:`open_checkpoint`): which tensors it holds, without their data and without
 running anything that the file says. Then :func:`load_weights` compares it with the network and reads the
-tensors one by one, each straight into memory of its own, so that a network takes the memory of its weights
-and of one tensor more. The file is read rather than mapped: pages of a mapping would count as the process's
-memory a second time, and one that is cut short meanwhile, by a download, would end the process.
+tensors one by one, each straight into memory of its own or, where it is cast or goes to another device, piece
+by piece: a network takes little more memory than its weights. The file is read rather than mapped: pages of a
+mapping would count as the process's memory a second time, and one that is cut short meanwhile, by a download,
+would end the process.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from modelscope_i2v.checkpoints.stored_tensors import StoredTensor
 from modelscope_i2v.errors import CheckpointError, MissingFileError
 
 Device = Union[str, torch.device, None]
+
+#: Elements that are read at a time on the way to another dtype or device: 4 MB in float32.
+_PIECE = 2**20
 
 
 def find_checkpoint(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
@@ -114,11 +118,17 @@ class Checkpoint(Mapping[str, StoredTensor]):
         stored = self._tensors[key]
         with _errors_of(self.path):
             start = self._find(stored)
-        data = torch.empty(stored.span * stored.dtype.itemsize, dtype=torch.uint8, device="cpu")
-        with _errors_of(self.path):
-            self._read_into(memoryview(data.numpy()), start)
-        tensor = data.view(stored.dtype).as_strided(stored.shape, stored.stride).contiguous()
-        return tensor.to(device=device or "cpu", dtype=dtype if stored.dtype.is_floating_point else None)
+        device = torch.device(device or "cpu")
+        if dtype is None or not stored.dtype.is_floating_point:
+            dtype = stored.dtype
+        if device.type == "cpu" and dtype == stored.dtype:
+            data = self._read(start, stored.span, stored.dtype)
+        else:
+            data = torch.empty(stored.span, dtype=dtype, device=device)
+            for piece in data.split(_PIECE):
+                piece.copy_(self._read(start, len(piece), stored.dtype))
+                start += len(piece) * stored.dtype.itemsize
+        return data.as_strided(stored.shape, stored.stride).contiguous()
 
     def _find(self, stored: StoredTensor) -> int:
         """Where the first of a tensor's elements lies in the file."""
@@ -128,13 +138,18 @@ class Checkpoint(Mapping[str, StoredTensor]):
             )
         return self._locate(stored.storage) + stored.offset * stored.dtype.itemsize
 
-    def _read_into(self, memory: memoryview, start: int) -> None:
-        self._file.seek(start)
-        while memory:
-            count = self._file.readinto(memory)
-            if not count:
-                raise CheckpointError("it is cut short: it ends amid a tensor; download it again")
-            memory = memory[count:]
+    def _read(self, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """So many elements from byte ``start`` on."""
+        data = torch.empty(count * dtype.itemsize, dtype=torch.uint8, device="cpu")
+        memory = memoryview(data.numpy())
+        with _errors_of(self.path):
+            self._file.seek(start)
+            while memory:
+                read = self._file.readinto(memory)
+                if not read:
+                    raise CheckpointError("it is cut short: it ends amid a tensor; download it again")
+                memory = memory[read:]
+        return data.view(dtype)
 
 
 def open_checkpoint(path: str | os.PathLike, prefix: str = "") -> Checkpoint:
@@ -169,6 +184,7 @@ def load_weights(
     *,
     device: Device = None,
     dtype: torch.dtype | None = None,
+    layout: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight,
     ignore: Iterable[str] | Callable[[str], bool] = (),
 ) -> None:
     """Gives ``module``, best built on the meta device, the weights in a file: exactly those that it has.
@@ -183,6 +199,7 @@ def load_weights(
         prefix: what the network's keys begin with in the file; all others there do not matter.
         device: where the weights shall be; by default on the CPU.
         dtype: what floating weights are cast to; by default they stay as they are in the file.
+        layout: gives a weight, as it comes, the memory layout that it shall have.
         ignore: what the file may hold beyond the network: keys without ``prefix``, beginnings of keys that
             end in a dot, or a function that tells of a key whether it may be there.
 
@@ -193,7 +210,7 @@ def load_weights(
     with open_checkpoint(path, prefix) as checkpoint:
         expected = _checked(module, checkpoint, prefix, ignore)
         for key in expected:
-            _assign(module, key, checkpoint.read(key, device, dtype))
+            _assign(module, key, layout(checkpoint.read(key, device, dtype)))
     _move_other_buffers(module, expected, device, dtype)
 
 

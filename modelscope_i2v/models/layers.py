@@ -97,11 +97,10 @@ class TemporalConv(nn.Conv3d):
         return F.conv2d(x, self.weight.squeeze(-1), self.bias, padding=(1, 0))
 
 
-def channels_last(network: nn.Module) -> nn.Module:
-    """Lays out a network's convolutions as its activations are, so that no call reorders them."""
-    for parameter in network.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        elif parameter.ndim == 5:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last_3d)
-    return network
+def in_channels_last(weight: Tensor) -> Tensor:
+    """A weight laid out as the activations are, so that no call reorders it, if it is a convolution's."""
+    if weight.ndim == 4:
+        return weight.contiguous(memory_format=torch.channels_last)
+    if weight.ndim == 5:
+        return weight.contiguous(memory_format=torch.channels_last_3d)
+    return weight

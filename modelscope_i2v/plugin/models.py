@@ -23,7 +23,7 @@ from ..memory.estimate import chunk_of
 from ..memory.out_of_memory import OutOfMemory, is_out_of_memory, not_enough
 from ..memory.residency import at_work, choose_low_memory, device_of
 from ..models.attention import select_attention
-from ..models.layers import channels_last
+from ..models.layers import in_channels_last
 from ..precision import select_dtype
 from ..preprocessing import ClipImageTransform, VideoTransform
 from ..progress import PhaseClock, stepping
@@ -95,8 +95,9 @@ class StageModel(TorchModel):
                 ignore=part.ignored,
                 device=home,
                 dtype=self.dtype,
+                layout=in_channels_last,
             )
-            setattr(self, name, channels_last(part.network))
+            setattr(self, name, part.network)
             logger.info("loaded %s", part.path)
         self._chunked_for: torch.device | None = None
         self._compiled = CompiledBlocks(self.generator) if self.cfg.compile else None

@@ -79,7 +79,7 @@ def estimate_memory(
     of_weights = [_parameters(each) * _WEIGHT_BYTES[settings.precision] for each in networks]
     width = settings.unet.dim * settings.unet.dim_mult[0]
     finest = positions * width
-    parts = min(GPU_CHUNK // 4 if low_memory else GPU_CHUNK, EXPANSION * finest)
+    parts = min(chunk_of(torch.device("cuda"), low_memory), EXPANSION * finest)
     in_unet = _UNET_APART * finest + _UNET_PARTS * parts
     if settings.unet.image_conditioned:
         in_unet = max(in_unet, _UNET_TOGETHER * finest)

@@ -14,10 +14,9 @@ from modelscope_i2v.models.unet import UNetConfig
 
 
 @pytest.fixture(autouse=True)
-def without_gradients():
+def nothing_compiled_before(without_gradients):
     torch._dynamo.reset()
-    with torch.no_grad():
-        yield
+    yield
     torch._dynamo.reset()
 
 

@@ -8,14 +8,13 @@ import pytest
 import torch
 from conftest import relative_error
 from pretended_gpu import GPU, pretended_gpu
-from stage_pipelines import built
+from stage_pipelines import STAGES, built, video_of
 
 from modelscope_i2v.media.video import read_video
 from modelscope_i2v.memory.residency import device_of
 from modelscope_i2v.models import triton_group_norm
 
-ONE, TWO = "image-to-video", "video-to-video"
-GIB = 2**30
+ONE, TWO = STAGES
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +27,8 @@ def networks(pipe) -> list[torch.nn.Module]:
     return [pipe.model.clip_encoder, pipe.model.generator, pipe.model.autoencoder]
 
 
-def frames_of(pipe, source: str, path, **keywords) -> torch.Tensor:
-    result = pipe(source, output_video=str(path), progress=False, **keywords)
-    return torch.as_tensor(read_video(result["output_video"]).frames).float()
+def frames_of(pipe, source: str, **keywords) -> torch.Tensor:
+    return torch.as_tensor(read_video(video_of(pipe(source, **keywords))).frames).float()
 
 
 def test_it_refuses_what_a_gpu_refuses():
@@ -60,33 +58,30 @@ CALLS = {
 
 
 @pytest.mark.parametrize("stage, keywords", CALLS.values(), ids=CALLS)
-def test_the_video_is_that_of_the_cpu(stage, keywords, small_model, picture, clip, tmp_path):
-    source = str(picture) if stage == ONE else str(clip)
-    expected = frames_of(built(stage, small_model), source, tmp_path / "cpu.mp4", **keywords)
+def test_the_video_is_that_of_the_cpu(stage, keywords, small_model, inputs):
+    expected = frames_of(built(stage, small_model), inputs[stage], **keywords)
     with pretended_gpu():
         pipe = built(stage, small_model, device="gpu")
         assert {device_of(each) for each in networks(pipe)} == {GPU}
-        frames = frames_of(pipe, source, tmp_path / "gpu.mp4", **keywords)
+        frames = frames_of(pipe, inputs[stage], **keywords)
     assert relative_error(frames, expected) < 0.04  # most of it the video encoder's
 
 
 @pytest.mark.parametrize("precision, dtype", [("auto", torch.float16), ("bf16", torch.bfloat16)])
 @pytest.mark.parametrize("stage", [ONE, TWO])
-def test_half_precision(stage, precision, dtype, small_model, picture, clip, tmp_path):
+def test_half_precision(stage, precision, dtype, small_model, inputs):
     with pretended_gpu():
         pipe = built(stage, small_model, device="cuda:0", precision=precision)
         assert {parameter.dtype for each in networks(pipe) for parameter in each.parameters()} == {dtype}
-        frames = frames_of(pipe, str(picture) if stage == ONE else str(clip), tmp_path / "gpu.mp4")
+        frames = frames_of(pipe, inputs[stage])
     assert frames.std() > 1
 
 
 @pytest.mark.parametrize("stage", [ONE, TWO])
-def test_in_low_memory_mode_one_network_at_a_time_is_there(
-    stage, small_model, picture, clip, tmp_path, caplog
-):
-    """Told by the settings, or by how little is free."""
+def test_in_low_memory_mode_one_network_at_a_time_is_there(stage, small_model, inputs, caplog):
+    """Which is chosen where little is free."""
     seen = []
-    with pretended_gpu(free=GIB // 2**12), caplog.at_level(logging.WARNING):
+    with pretended_gpu(free=2**18), caplog.at_level(logging.WARNING):
         pipe = built(stage, small_model, device="gpu")
 
         def note(*_) -> None:
@@ -94,7 +89,7 @@ def test_in_low_memory_mode_one_network_at_a_time_is_there(
 
         for network in (pipe.model.generator.out, pipe.model.autoencoder.decoder):
             network.register_forward_pre_hook(note)
-        frames_of(pipe, str(picture) if stage == ONE else str(clip), tmp_path / "gpu.mp4")
+        frames_of(pipe, inputs[stage])
         assert [device_of(each).type for each in networks(pipe)] == ["cpu"] * 3
     assert pipe.model.low_memory and "low-memory mode" in caplog.text
     assert [False, True, False] in seen and [False, False, True] in seen

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from modelscope_i2v.small_model import make_small_model
+from modelscope_i2v.weights.small_model import make_small_model
 
 
 def main() -> None:

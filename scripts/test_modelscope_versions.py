@@ -41,7 +41,7 @@ TESTS = ("tests/test_activation.py", "tests/test_pipelines.py")
 
 MAKE_MODEL_AND_PICTURE = """
 from PIL import Image
-from modelscope_i2v.small_model import make_small_model
+from modelscope_i2v.weights.small_model import make_small_model
 settings = {"max_frames": 2, "latent_hei": 10, "latent_wid": 16, "steps": 1}
 make_small_model(".", {"image-to-video": settings, "video-to-video": settings})
 Image.linear_gradient("L").convert("RGB").save("test.jpg")

@@ -18,7 +18,7 @@ from sample_videos import moving_frames
 from stage_pipelines import STAGES, built
 
 from modelscope_i2v.media.video import encode_video
-from modelscope_i2v.small_model import make_small_model
+from modelscope_i2v.weights.small_model import make_small_model
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from modelscope_i2v.checkpoints import open_checkpoint
+from modelscope_i2v.weights import open_checkpoint
 
 WEIGHT = struct.pack("<4f", 1.0, 2.0, 3.0, 4.0)
 

@@ -121,7 +121,7 @@ def test_modelscope_goes_on_when_ours_cannot_be_registered(files, reason, beside
         """
         import modelscope.models.builder
         print(modelscope.models.builder.MODELS)
-        from modelscope_i2v.activation import activation_status
+        from modelscope_i2v.plugin.activation import activation_status
         status = activation_status()
         print(status["state"], status["error"])
         """,
@@ -141,7 +141,7 @@ def test_an_import_of_modelscope_that_failed_is_tried_again(beside_stand_in):
             print(error)
         sys.again = True
         import modelscope.models.builder
-        from modelscope_i2v.activation import activation_status
+        from modelscope_i2v.plugin.activation import activation_status
         print(activation_status())
         """,
         {"models/builder.py": STAND_IN["models/builder.py"] + "\nimport sys\nhasattr(sys, 'again') or 1 / 0"},

@@ -10,11 +10,11 @@ from typing import Any, Callable
 import pytest
 from PIL import Image
 
-from modelscope_i2v.checkpoints import open_checkpoint
-from modelscope_i2v.configuration import load_settings
 from modelscope_i2v.errors import CheckpointError, ConfigurationError, InvalidInputError
 from modelscope_i2v.media.images import open_image
 from modelscope_i2v.media.video import read_metadata, read_video
+from modelscope_i2v.settings.configuration import load_settings
+from modelscope_i2v.weights import open_checkpoint
 
 TRIALS = 300  # for each reader, half of them behind one of its formats' beginnings
 

@@ -12,9 +12,9 @@ from modelscope.pipelines import pipeline
 
 from modelscope_i2v.media.video import read_video
 from modelscope_i2v.models.unet import UNet
-from modelscope_i2v.provenance import keywords_like
 from modelscope_i2v.samplers.ddim import DDIMSchedule, sample_ddim
 from modelscope_i2v.samplers.dpmpp import karras_timesteps, sample_dpmpp_2m
+from modelscope_i2v.settings.record import keywords_like
 
 # The sampler
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from modelscope_i2v.errors import OutputError
-from modelscope_i2v.media import atomic_file as module
-from modelscope_i2v.media.atomic_file import atomic_file, check_replaceable
+from modelscope_i2v.media import files as module
+from modelscope_i2v.media.files import atomic_file, check_replaceable
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["a", "a b", 'it\'s "q";$(x)', "-x", "ключ 图", "a\nb", "x" * 255, "%d", ".hidden", "concat:a|b"]
@@ -203,7 +203,7 @@ def test_leftovers_of_dead_processes_only_are_removed(tmp_path):
 
 CHILD = """
 import sys, time
-from modelscope_i2v.media.atomic_file import atomic_file
+from modelscope_i2v.media.files import atomic_file
 with atomic_file(sys.argv[1]) as temporary, open(temporary, "wb", buffering=0) as file:
     while True:
         file.write(b"new" * 1000)
@@ -241,7 +241,7 @@ def test_a_killed_process(tmp_path, sent, old):
 
 RIVAL = """
 import sys
-from modelscope_i2v.media.atomic_file import atomic_file
+from modelscope_i2v.media.files import atomic_file
 for _ in range(60):
     with atomic_file(sys.argv[1]) as temporary, open(temporary, "wb", buffering=0) as file:
         for _ in range(20):

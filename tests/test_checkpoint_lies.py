@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from hostile_files import WEIGHT, WRITERS, number, read_everything, state_dict, tensor, text, write, zip_file
 
-from modelscope_i2v.checkpoints import open_checkpoint
 from modelscope_i2v.errors import CheckpointError
+from modelscope_i2v.weights import open_checkpoint
 
 each_container = pytest.mark.parametrize("container", WRITERS)
 
@@ -289,7 +289,7 @@ BOMBS = {
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_memory_stays_in_proportion_to_the_file(tmp_path, monkeypatch, bomb):
     # For small bombs.
-    monkeypatch.setattr("modelscope_i2v.checkpoints.restricted_unpickler.ALLOWANCE_BYTES", 2**18)
+    monkeypatch.setattr("modelscope_i2v.weights.restricted_unpickler.ALLOWANCE_BYTES", 2**18)
     path = write("zip", tmp_path / "weights", {"bomb": BOMBS[bomb]})
     tracemalloc.start()
     try:
@@ -314,7 +314,7 @@ def test_memory_stays_in_proportion_to_the_file(tmp_path, monkeypatch, bomb):
     ],
 )
 def test_a_bomb_is_refused_for_what_it_is(tmp_path, monkeypatch, bomb, reason):
-    monkeypatch.setattr("modelscope_i2v.checkpoints.restricted_unpickler.ALLOWANCE_BYTES", 2**18)
+    monkeypatch.setattr("modelscope_i2v.weights.restricted_unpickler.ALLOWANCE_BYTES", 2**18)
     with pytest.raises(CheckpointError, match=reason):
         open_checkpoint(write("zip", tmp_path / "weights", {"bomb": BOMBS[bomb]}))
 
@@ -344,7 +344,7 @@ def test_memory_of_a_safetensors_header_stays_in_proportion(tmp_path, count, tex
 
 def test_a_directory_of_too_many_members_is_refused_by_their_count(tmp_path, monkeypatch):
     path = write("zip", tmp_path / "weights", {})
-    monkeypatch.setattr("modelscope_i2v.checkpoints.zip_members.MAX_MEMBERS", 2)
+    monkeypatch.setattr("modelscope_i2v.weights.zip_members.MAX_MEMBERS", 2)
     with pytest.raises(CheckpointError, match="claims 3 members"):
         open_checkpoint(path)
 

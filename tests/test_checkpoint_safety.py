@@ -15,8 +15,8 @@ import torch
 from hostile_files import WEIGHT, WRITERS, legacy_file, read_everything, state_dict, tensor, text, write
 from torch import nn
 
-from modelscope_i2v.checkpoints import load_weights, open_checkpoint
 from modelscope_i2v.errors import CheckpointError
+from modelscope_i2v.weights import load_weights, open_checkpoint
 
 each_container = pytest.mark.parametrize("container", WRITERS)
 

@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from modelscope_i2v.checkpoints import find_checkpoint, load_weights, loading, open_checkpoint
 from modelscope_i2v.errors import CheckpointError, MissingFileError
 from modelscope_i2v.models.layers import in_channels_last
+from modelscope_i2v.weights import find_checkpoint, load_weights, loading, open_checkpoint
 
 SAVERS = {
     "zip": torch.save,
@@ -303,7 +303,7 @@ def test_what_does_not_fit_is_named_before_anything_is_read(tmp_path, monkeypatc
     state = network_state()
     change(state)
     torch.save(state, tmp_path / "unet.pth")
-    monkeypatch.setattr("modelscope_i2v.checkpoints.Checkpoint.read", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr("modelscope_i2v.weights.Checkpoint.read", lambda *_: pytest.fail("data was read"))
     network = network_on_meta()
     with pytest.raises(CheckpointError) as caught:
         load_weights(network, tmp_path / "unet.pth")
@@ -343,7 +343,7 @@ def test_ignore_takes_a_name_without_a_dot_for_a_whole_key(tmp_path):
 MEASURE = """
 import re, sys, torch
 from torch import nn
-from modelscope_i2v.checkpoints import load_weights
+from modelscope_i2v.weights import load_weights
 with torch.device("meta"):
     network = nn.Sequential(*(nn.Linear(1024, 2048, bias=False) for _ in range(8)))
 torch.ones(1024, 1024).to(getattr(torch, sys.argv[2]))  # brings in the code

@@ -17,12 +17,13 @@ import pytest
 import torch
 from conftest import TINY_SETTINGS
 
-from modelscope_i2v import __version__, cli, demo_model, small_model
-from modelscope_i2v.cli import main
-from modelscope_i2v.configuration import PRECISION_CHOICES
+from modelscope_i2v import __version__, cli
+from modelscope_i2v.cli import demo_model, main
+from modelscope_i2v.engine.precision import precision_name, select_dtype
 from modelscope_i2v.media.images import open_image
 from modelscope_i2v.media.video import read_video, write_video
-from modelscope_i2v.precision import precision_name, select_dtype
+from modelscope_i2v.settings.configuration import PRECISION_CHOICES
+from modelscope_i2v.weights import small_model
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SIZE, SECOND_SIZE = (64, 128), (80, 128)  # of TINY_SETTINGS: height, width

@@ -11,7 +11,7 @@ from tiny_networks import normal
 
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError
 from modelscope_i2v.models.clip import ClipConfig, ClipImageEncoder, ClipTextEncoder
-from modelscope_i2v.small_model import random_state_dict
+from modelscope_i2v.weights.small_model import random_state_dict
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

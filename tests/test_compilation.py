@@ -8,7 +8,7 @@ from conftest import relative_error
 from modelscope.pipelines import pipeline
 from tiny_networks import TINY, built, inputs_of
 
-from modelscope_i2v.compilation import CompiledBlocks
+from modelscope_i2v.engine.compilation import CompiledBlocks
 from modelscope_i2v.errors import MissingPackageError
 from modelscope_i2v.models.unet import UNetConfig
 

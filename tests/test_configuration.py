@@ -12,7 +12,11 @@ from typing import Any
 import pytest
 from conftest import load_json
 
-from modelscope_i2v.configuration import (
+from modelscope_i2v.errors import ConfigurationError, MissingFileError
+from modelscope_i2v.models.autoencoder import AutoencoderConfig
+from modelscope_i2v.models.clip import ClipConfig
+from modelscope_i2v.models.unet import UNetConfig
+from modelscope_i2v.settings.configuration import (
     DEFAULT_NEGATIVE_PROMPT,
     DEFAULT_POSITIVE_PROMPT,
     RULES,
@@ -22,10 +26,6 @@ from modelscope_i2v.configuration import (
     read_configuration,
     stages_in,
 )
-from modelscope_i2v.errors import ConfigurationError, MissingFileError
-from modelscope_i2v.models.autoencoder import AutoencoderConfig
-from modelscope_i2v.models.clip import ClipConfig
-from modelscope_i2v.models.unet import UNetConfig
 
 ONE, TWO = "image-to-video", "video-to-video"
 SETTINGS = {ONE: ImageToVideoSettings, TWO: VideoToVideoSettings}
@@ -224,7 +224,7 @@ def warnings_of(caplog):
 
     def load(folder: Path, stage: str) -> list[str]:
         caplog.clear()
-        with caplog.at_level(logging.WARNING, logger="modelscope_i2v.configuration"):
+        with caplog.at_level(logging.WARNING, logger="modelscope_i2v.settings.configuration"):
             load_settings(folder, stage)
         return [record.getMessage() for record in caplog.records]
 
@@ -353,7 +353,7 @@ def test_setting_given_twice_alike_is_taken(tmp_path):
 
 def test_resolution_goes_before_the_latents_size(tmp_path, caplog):
     given = {"resolution": [640, 352], "latent_wid": 56, "latent_hei": 32}
-    with caplog.at_level(logging.INFO, logger="modelscope_i2v.configuration"):
+    with caplog.at_level(logging.INFO, logger="modelscope_i2v.settings.configuration"):
         settings = load_settings(written(tmp_path, of_stage(ONE, {}, given)), ONE)
     assert settings.frame_size == (640, 352)
     assert "resolution [640, 352] goes before latent_wid and latent_hei" in caplog.text

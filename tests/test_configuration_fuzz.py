@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from modelscope_i2v.configuration import RULES, SETTINGS_OF_STAGE, load_settings
 from modelscope_i2v.errors import ConfigurationError, MissingFileError
+from modelscope_i2v.settings.configuration import RULES, SETTINGS_OF_STAGE, load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = tuple(SETTINGS_OF_STAGE)
@@ -28,7 +28,9 @@ PARTS = {
 
 @pytest.fixture(autouse=True)
 def quiet(caplog):
-    caplog.set_level(logging.CRITICAL, logger="modelscope_i2v.configuration")  # some thousand warnings
+    caplog.set_level(
+        logging.CRITICAL, logger="modelscope_i2v.settings.configuration"
+    )  # some thousand warnings
 
 
 def outcome(folder: Path, contents: bytes | str) -> str:

@@ -16,10 +16,7 @@ from safetensors.torch import load_file
 from sample_videos import moving_frames
 from tqdm import tqdm
 
-from modelscope_i2v.checkpoints import open_checkpoint, safetensors_size, write_safetensors
 from modelscope_i2v.cli import main
-from modelscope_i2v.configuration import load_settings
-from modelscope_i2v.conversion import convert_folder
 from modelscope_i2v.errors import (
     CheckpointError,
     ConfigurationError,
@@ -28,7 +25,10 @@ from modelscope_i2v.errors import (
     OutputError,
 )
 from modelscope_i2v.media.video import read_video, write_video
-from modelscope_i2v.stage_parts import stage_parts
+from modelscope_i2v.settings.configuration import load_settings
+from modelscope_i2v.weights import open_checkpoint, safetensors_size, write_safetensors
+from modelscope_i2v.weights.conversion import convert_folder
+from modelscope_i2v.weights.parts import stage_parts
 
 ONE, TWO = STAGES = ("image-to-video", "video-to-video")
 CLIP, AUTOENCODER = "open_clip_pytorch_model", "v2-1_512-ema-pruned"

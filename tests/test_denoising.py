@@ -7,11 +7,11 @@ import torch
 from conftest import relative_error
 from tiny_networks import STAGES, TINY, built, inputs_of, normal
 
-from modelscope_i2v import denoising
-from modelscope_i2v.configuration import ImageToVideoSettings
-from modelscope_i2v.denoising import guided_velocity
+from modelscope_i2v.engine import denoising
+from modelscope_i2v.engine.denoising import guided_velocity
 from modelscope_i2v.models.unet import UNet, UNetConfig
-from modelscope_i2v.request import Request, check_keywords
+from modelscope_i2v.settings.configuration import ImageToVideoSettings
+from modelscope_i2v.settings.request import Request, check_keywords
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

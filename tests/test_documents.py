@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from modelscope_i2v import cli
-from modelscope_i2v.configuration import RULES, SETTINGS_OF_STAGE
+from modelscope_i2v.settings.configuration import RULES, SETTINGS_OF_STAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

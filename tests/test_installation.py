@@ -45,7 +45,7 @@ def found(registry, group, name):
     return found and f"{found.__module__}.{found.__name__}"
 
 def report(**more):
-    from modelscope_i2v.activation import activation_status
+    from modelscope_i2v.plugin.activation import activation_status
     stock = ("multi_modal.image_to_video", "multi_modal.video_to_video")
     answer = {"classes": [], "declared": [], "status": activation_status()}
     for task, pipeline in (("image-to-video", "image-to-video-task-pipeline"),

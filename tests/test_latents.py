@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from conftest import relative_error
 from tiny_networks import normal
 
-from modelscope_i2v.latents import decode_video, draw_noise, encode_video, latent_size
+from modelscope_i2v.engine.latents import decode_video, draw_noise, encode_video, latent_size
 from modelscope_i2v.models.autoencoder import Autoencoder, AutoencoderConfig
 from modelscope_i2v.models.unet import UNetConfig
-from modelscope_i2v.small_model import random_state_dict
+from modelscope_i2v.weights.small_model import random_state_dict
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

@@ -11,12 +11,12 @@ import torch
 from live_memory import LiveMemory, flash_attention
 from tiny_networks import channels_last
 
-from modelscope_i2v.configuration import ImageToVideoSettings, VideoToVideoSettings, load_settings
+from modelscope_i2v.engine.memory.estimate import chunk_of, estimate_memory, memory_in_words
+from modelscope_i2v.engine.precision import precision_name
 from modelscope_i2v.errors import InvalidInputError
-from modelscope_i2v.memory.estimate import chunk_of, estimate_memory, memory_in_words
 from modelscope_i2v.models.unet import UNet, UNetConfig
-from modelscope_i2v.precision import precision_name
-from modelscope_i2v.request import Request, check_keywords
+from modelscope_i2v.settings.configuration import ImageToVideoSettings, VideoToVideoSettings, load_settings
+from modelscope_i2v.settings.request import Request, check_keywords
 
 ONE, TWO = ImageToVideoSettings, VideoToVideoSettings
 GIB = 2**30

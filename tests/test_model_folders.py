@@ -17,9 +17,9 @@ from modelscope.pipelines import pipeline
 from safetensors.torch import save_file
 from sample_videos import moving_frames
 
-from modelscope_i2v.checkpoints import open_checkpoint
 from modelscope_i2v.errors import CheckpointError, MissingFileError
 from modelscope_i2v.media.video import read_video, write_video
+from modelscope_i2v.weights import open_checkpoint
 
 STAGES = ("image-to-video", "video-to-video")
 

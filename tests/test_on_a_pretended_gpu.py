@@ -10,8 +10,8 @@ from conftest import relative_error
 from pretended_gpu import GPU, pretended_gpu
 from stage_pipelines import STAGES, built, video_of
 
+from modelscope_i2v.engine.memory.residency import device_of
 from modelscope_i2v.media.video import read_video
-from modelscope_i2v.memory.residency import device_of
 from modelscope_i2v.models import triton_group_norm
 
 ONE, TWO = STAGES

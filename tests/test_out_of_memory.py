@@ -11,11 +11,16 @@ import pytest
 import torch
 from modelscope.pipelines import pipeline
 
-from modelscope_i2v.configuration import ImageToVideoSettings, VideoToVideoSettings
+from modelscope_i2v.engine.memory.out_of_memory import (
+    OutOfMemory,
+    is_out_of_memory,
+    not_enough,
+    with_less_at_a_time,
+)
 from modelscope_i2v.errors import I2VError, NotEnoughMemoryError
-from modelscope_i2v.memory.out_of_memory import OutOfMemory, is_out_of_memory, not_enough, with_less_at_a_time
 from modelscope_i2v.models.transformers import GEGLU
-from modelscope_i2v.request import Request
+from modelscope_i2v.settings.configuration import ImageToVideoSettings, VideoToVideoSettings
+from modelscope_i2v.settings.request import Request
 
 CPU = torch.device("cpu")
 
@@ -126,7 +131,9 @@ def test_a_generation_that_cannot_fit_says_in_which_phase(small_model, picture):
 
 
 def error_for(monkeypatch, there: int, settings, low_memory: bool = False) -> str:
-    monkeypatch.setattr("modelscope_i2v.memory.out_of_memory._memory", lambda device: (there, 24 * 2**30))
+    monkeypatch.setattr(
+        "modelscope_i2v.engine.memory.out_of_memory._memory", lambda device: (there, 24 * 2**30)
+    )
     request = Request.resolve(settings)
     return str(not_enough(settings, request, 32, "denoising", torch.device("cuda"), low_memory))
 

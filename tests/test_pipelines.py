@@ -18,8 +18,8 @@ from modelscope.pipelines import pipeline
 from PIL import Image
 
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError, MissingFileError
+from modelscope_i2v.media.preprocessing import to_frames
 from modelscope_i2v.media.video import encode_video, read_metadata, read_video
-from modelscope_i2v.preprocessing import to_frames
 from modelscope_i2v.samplers.ddim import sample_ddim
 from modelscope_i2v.samplers.sdedit import BrownianNoise, dpmpp_2m_sde_levels, sample_dpmpp_2m_sde
 from modelscope_i2v.samplers.velocity import guided

@@ -10,14 +10,14 @@ from conftest import relative_error
 from modelscope.pipelines import pipeline
 from tiny_networks import STAGES, TINY, built, channels_last, inputs_of
 
-from modelscope_i2v import precision
+from modelscope_i2v.engine import precision
+from modelscope_i2v.engine.precision import cpu_has_bf16, select_dtype
 from modelscope_i2v.models import autoencoder as autoencoders
 from modelscope_i2v.models import unet as unets
 from modelscope_i2v.models.autoencoder import Autoencoder, AutoencoderConfig
 from modelscope_i2v.models.layers import GroupNormSiLU, TemporalConv
 from modelscope_i2v.models.unet import UNetConfig
-from modelscope_i2v.precision import cpu_has_bf16, select_dtype
-from modelscope_i2v.small_model import random_state_dict
+from modelscope_i2v.weights.small_model import random_state_dict
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from modelscope_i2v.errors import InvalidInputError
 from modelscope_i2v.media.images import MAX_PIXELS
-from modelscope_i2v.preprocessing import (
+from modelscope_i2v.media.preprocessing import (
     CLIP_MEAN,
     CLIP_STD,
     ClipImageTransform,

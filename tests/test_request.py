@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from modelscope_i2v.configuration import (
+from modelscope_i2v.errors import InvalidInputError
+from modelscope_i2v.settings.configuration import (
     DEFAULT_NEGATIVE_PROMPT,
     DEFAULT_POSITIVE_PROMPT,
     ImageToVideoSettings,
@@ -20,8 +21,7 @@ from modelscope_i2v.configuration import (
     VideoToVideoSettings,
     load_settings,
 )
-from modelscope_i2v.errors import InvalidInputError
-from modelscope_i2v.request import KEYWORD_RULES, Request, check_keywords, keywords_of
+from modelscope_i2v.settings.request import KEYWORD_RULES, Request, check_keywords, keywords_of
 
 ONE, TWO = "image-to-video", "video-to-video"
 SETTINGS = {ONE: ImageToVideoSettings, TWO: VideoToVideoSettings}

@@ -7,8 +7,8 @@ import torch
 from modelscope.pipelines import pipeline
 from torch import nn
 
-from modelscope_i2v.configuration import ImageToVideoSettings
-from modelscope_i2v.memory.residency import at_work, choose_low_memory, device_of
+from modelscope_i2v.engine.memory.residency import at_work, choose_low_memory, device_of
+from modelscope_i2v.settings.configuration import ImageToVideoSettings
 
 
 class Traveller(nn.Linear):

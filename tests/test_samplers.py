@@ -29,7 +29,7 @@ from modelscope_i2v.samplers.sdedit import (
     sample_heun,
 )
 from modelscope_i2v.samplers.velocity import denoised, guided, guided_within, window_starts, windowed
-from modelscope_i2v.small_model import random_state_dict
+from modelscope_i2v.weights.small_model import random_state_dict
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

@@ -16,7 +16,7 @@ from PIL import Image
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError
 from modelscope_i2v.media.contact_sheet import contact_sheet
 from modelscope_i2v.media.video import read_metadata, read_video
-from modelscope_i2v.provenance import FIRST_STAGE, from_metadata, keywords_like
+from modelscope_i2v.settings.record import FIRST_STAGE, from_metadata, keywords_like
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,11 @@ def test_one_folder_for_both_stages(combined, both, small_model, picture, tmp_pa
 
 
 def test_the_repositorys_configuration_beside_the_weights_is_accepted_as_it_is(combined):
-    from modelscope_i2v.configuration import ImageToVideoSettings, VideoToVideoSettings, load_settings
+    from modelscope_i2v.settings.configuration import (
+        ImageToVideoSettings,
+        VideoToVideoSettings,
+        load_settings,
+    )
 
     shutil.copy(ROOT / "configuration.json", combined / "configuration.json.full")
     folder = combined.parent / "full"

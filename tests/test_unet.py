@@ -34,7 +34,7 @@ from modelscope_i2v.models.unet import (
     Upsample,
     sinusoidal_embedding,
 )
-from modelscope_i2v.small_model import random_weight
+from modelscope_i2v.weights.small_model import random_weight
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

@@ -19,9 +19,9 @@ from modelscope.pipelines import pipeline
 from sample_videos import moving_frames
 from stage_pipelines import STAGES, built, video_of
 
-from modelscope_i2v import provenance
 from modelscope_i2v.errors import CheckpointError, InvalidInputError, MissingFileError, OutputError
 from modelscope_i2v.media.video import encode_video, read_metadata, read_video
+from modelscope_i2v.settings import record as provenance
 
 # Weights files
 

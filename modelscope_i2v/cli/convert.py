@@ -18,7 +18,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from ..conversion import convert_folder, size_in_words
+    from ..weights.conversion import convert_folder, size_in_words
 
     sources = [os.path.expanduser(each) for each in (arguments.folder, arguments.other_folder) if each]
     done = convert_folder(

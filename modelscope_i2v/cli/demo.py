@@ -51,7 +51,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         check_writable(path)
     check_device(arguments.device)
 
-    from ..demo_model import EXAMPLE_IMAGE, demo_model
+    from .demo_model import EXAMPLE_IMAGE, demo_model
 
     source = arguments.image or str(EXAMPLE_IMAGE)
     image = open_image(source)

@@ -13,8 +13,8 @@ def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
-    from ..doctor import diagnose
     from ..errors import I2VError
+    from .diagnosis import diagnose
 
     folder = None if arguments.folder is None else os.path.expanduser(arguments.folder)
     findings = diagnose(folder)

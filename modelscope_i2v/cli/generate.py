@@ -76,7 +76,7 @@ def _keywords_like(path: str | None) -> tuple[dict[str, Any], dict[str, Any] | N
         return {}, None
     from ..media.sources import source_name
     from ..media.video import read_metadata
-    from ..provenance import keywords_like
+    from ..settings.record import keywords_like
 
     return keywords_like(read_metadata(path), source_name(path))
 
@@ -128,7 +128,7 @@ def _stages(
 
 
 def _default_refine_model(model: str) -> str:
-    from ..configuration import read_configuration, stages_in
+    from ..settings.configuration import read_configuration, stages_in
 
     if os.path.isdir(model) and "video-to-video" in stages_in(read_configuration(model)):
         return model

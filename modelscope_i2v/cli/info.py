@@ -15,7 +15,7 @@ def _info(arguments: argparse.Namespace) -> None:
     from ..errors import InvalidInputError
     from ..media.sources import source_name
     from ..media.video import read_metadata
-    from ..provenance import FIRST_STAGE, from_metadata
+    from ..settings.record import FIRST_STAGE, from_metadata
 
     entries = from_metadata(read_metadata(arguments.video))
     if not entries:

@@ -38,9 +38,9 @@ class Stage:
         Raises:
             I2VError: for a model that is not there, or keywords that are not allowed.
         """
-        from ..checkpoints import find_checkpoint
-        from ..configuration import SETTINGS_OF_STAGE, load_settings
-        from ..request import Request, check_keywords
+        from ..settings.configuration import SETTINGS_OF_STAGE, load_settings
+        from ..settings.request import Request, check_keywords
+        from ..weights import find_checkpoint
 
         keywords = check_keywords(self.task, self.keywords)
         check_device(self.settings.get("device"))

@@ -20,7 +20,7 @@ import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
 from ..errors import InvalidInputError, OutputError
-from .atomic_file import atomic_file, check_replaceable, local_path, temporary_file
+from .files import atomic_file, check_replaceable, local_path, temporary_file
 
 logger = logging.getLogger(__name__)
 

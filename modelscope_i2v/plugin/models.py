@@ -13,22 +13,18 @@ from modelscope.utils.device import create_device
 from modelscope.utils.logger import get_logger
 from torch import Tensor, nn
 
-from ..checkpoints import load_weights
-from ..compilation import CompiledBlocks
-from ..configuration import SETTINGS_OF_STAGE, StageSettings, load_settings
-from ..denoising import guided_velocity
+from ..engine.compilation import CompiledBlocks
+from ..engine.denoising import guided_velocity
+from ..engine.latents import decode_video, draw_noise, encode_video, latent_size
+from ..engine.memory.estimate import chunk_of
+from ..engine.memory.out_of_memory import OutOfMemory, is_out_of_memory, not_enough
+from ..engine.memory.residency import at_work, choose_low_memory, device_of
+from ..engine.precision import select_dtype
+from ..engine.progress import PhaseClock, stepping
 from ..errors import InvalidInputError
-from ..latents import decode_video, draw_noise, encode_video, latent_size
-from ..memory.estimate import chunk_of
-from ..memory.out_of_memory import OutOfMemory, is_out_of_memory, not_enough
-from ..memory.residency import at_work, choose_low_memory, device_of
+from ..media.preprocessing import ClipImageTransform, VideoTransform
 from ..models.attention import select_attention
 from ..models.layers import in_channels_last
-from ..precision import select_dtype
-from ..preprocessing import ClipImageTransform, VideoTransform
-from ..progress import PhaseClock, stepping
-from ..provenance import configuration_sha256
-from ..request import Request, StepCallback
 from ..samplers.ddim import DDIMSchedule, sample_ddim
 from ..samplers.dpmpp import karras_timesteps, sample_dpmpp_2m
 from ..samplers.sdedit import (
@@ -41,7 +37,11 @@ from ..samplers.sdedit import (
     sample_heun,
 )
 from ..samplers.velocity import Velocity
-from ..stage_parts import stage_parts
+from ..settings.configuration import SETTINGS_OF_STAGE, StageSettings, load_settings
+from ..settings.record import configuration_sha256
+from ..settings.request import Request, StepCallback
+from ..weights import load_weights
+from ..weights.parts import stage_parts
 from .registration import (
     IMAGE_TO_VIDEO,
     IMAGE_TO_VIDEO_MODEL,

@@ -12,16 +12,16 @@ from modelscope.pipelines.base import Pipeline
 from modelscope.pipelines.builder import PIPELINES, pipeline
 from modelscope.utils.logger import get_logger
 
-from ..configuration import SECOND_STAGE_SECTION, SETTINGS_OF_STAGE, read_configuration
+from ..engine.precision import precision_name
+from ..engine.progress import PhaseClock
 from ..errors import ConfigurationError, InvalidInputError
 from ..media.contact_sheet import contact_sheet
+from ..media.preprocessing import to_frames
 from ..media.video import Video, check_writable, encode_video, read_video, write_video
-from ..precision import precision_name
-from ..preprocessing import to_frames
-from ..progress import PhaseClock
-from ..provenance import FIRST_STAGE, from_metadata, record, to_metadata
-from ..request import Request, check_keywords, keywords_of
-from ..rules import integer, nearest, optional
+from ..settings.configuration import SECOND_STAGE_SECTION, SETTINGS_OF_STAGE, read_configuration
+from ..settings.record import FIRST_STAGE, from_metadata, record, to_metadata
+from ..settings.request import Request, check_keywords, keywords_of
+from ..settings.rules import integer, nearest, optional
 from .models import ImageToVideoModel, StageModel, VideoToVideoModel
 from .preprocessors import ImageToVideoPreprocessor, VideoToVideoPreprocessor
 from .registration import (
@@ -95,7 +95,7 @@ class StagePipeline(Pipeline):
 
         Returns:
             For each input a dict: ``OutputKeys.OUTPUT_VIDEO`` is the path, or the file's bytes; beside it how
-            the video was made, under the names of ``modelscope_i2v.provenance.record``.
+            the video was made, under the names of ``modelscope_i2v.settings.record.record``.
         """
         optional(integer(1, 1024)).check("batch_size", keywords.pop("batch_size", None), InvalidInputError)
         with self._one_at_a_time:

@@ -9,8 +9,8 @@ from modelscope.preprocessors.builder import PREPROCESSORS
 from torch import Tensor
 
 from ..media.images import open_image
+from ..media.preprocessing import ClipImageTransform, VideoTransform
 from ..media.video import Video, read_video
-from ..preprocessing import ClipImageTransform, VideoTransform
 from .registration import (
     IMAGE_TO_VIDEO_PREPROCESSOR,
     PREPROCESSOR_GROUP,

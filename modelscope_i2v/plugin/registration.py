@@ -6,7 +6,7 @@ modules that ModelScope ships under these names are neither imported nor checked
 :func:`register_class` registers with ``force``, so that ours also replaces a class that is there already.
 
 Nothing here imports ModelScope. What is not loaded yet is left alone: the start-up code in
-:mod:`modelscope_i2v.activation` calls :func:`register` again when it is.
+:mod:`modelscope_i2v.plugin.activation` calls :func:`register` again when it is.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Iterator, Sequence
 
 import torch
 
-from modelscope_i2v.configuration import PRECISION_CHOICES
+from modelscope_i2v.settings.configuration import PRECISION_CHOICES
 
 from .both_stages import both_stages_row
 from .folders import write_configuration

@@ -11,7 +11,9 @@ from typing import Any, Callable
 import torch
 from torch import nn
 
-from modelscope_i2v.configuration import (
+from modelscope_i2v.models.autoencoder import Autoencoder
+from modelscope_i2v.models.unet import UNet
+from modelscope_i2v.settings.configuration import (
     FILE_NAME,
     SECOND_STAGE_SECTION,
     ImageToVideoSettings,
@@ -19,9 +21,7 @@ from modelscope_i2v.configuration import (
     VideoToVideoSettings,
     load_settings,
 )
-from modelscope_i2v.models.autoencoder import Autoencoder
-from modelscope_i2v.models.unet import UNet
-from modelscope_i2v.small_model import random_state_dict
+from modelscope_i2v.weights.small_model import random_state_dict
 
 from .sizes import STAGE_NAMES, Size
 

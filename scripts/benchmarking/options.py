@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from modelscope_i2v.precision import precision_name, select_dtype
+from modelscope_i2v.engine.precision import precision_name, select_dtype
 
 from .sizes import PUBLISHED_STEPS, Size
 

@@ -9,13 +9,13 @@ from typing import Any, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from modelscope_i2v.configuration import StageSettings
-from modelscope_i2v.latents import decode_video, encode_video
+from modelscope_i2v.engine.latents import decode_video, encode_video
+from modelscope_i2v.engine.precision import precision_name
+from modelscope_i2v.engine.progress import PhaseClock
 from modelscope_i2v.plugin.models import ImageToVideoModel, VideoToVideoModel
-from modelscope_i2v.precision import precision_name
-from modelscope_i2v.progress import PhaseClock
-from modelscope_i2v.request import Request, check_keywords
 from modelscope_i2v.samplers.velocity import window_starts
+from modelscope_i2v.settings.configuration import StageSettings
+from modelscope_i2v.settings.request import Request, check_keywords
 
 from .sizes import Case
 from .timing import Enough

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelscope_i2v.configuration import StageSettings
+from modelscope_i2v.settings.configuration import StageSettings
 
 STAGE_NAMES = {1: "image-to-video", 2: "video-to-video"}
 PUBLISHED_STEPS = {1: 50, 2: 30}

@@ -12,8 +12,9 @@ import os
 import re
 from typing import Any, BinaryIO, Callable, NamedTuple
 
-from modelscope_i2v.checkpoints.restricted_unpickler import MAX_PICKLE_BYTES, Inert, RestrictedUnpickler
-from modelscope_i2v.checkpoints.stored_tensors import (
+from modelscope_i2v.errors import CheckpointError
+from modelscope_i2v.weights.restricted_unpickler import MAX_PICKLE_BYTES, Inert, RestrictedUnpickler
+from modelscope_i2v.weights.stored_tensors import (
     DTYPES,
     TORCH_GLOBALS,
     Storage,
@@ -21,8 +22,7 @@ from modelscope_i2v.checkpoints.stored_tensors import (
     describe_storage,
     describe_tensor,
 )
-from modelscope_i2v.checkpoints.zip_members import find_data, read_members
-from modelscope_i2v.errors import CheckpointError
+from modelscope_i2v.weights.zip_members import find_data, read_members
 
 MAX_SAFETENSORS_HEADER_BYTES = 32 * 2**20
 

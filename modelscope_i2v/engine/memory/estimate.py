@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ..configuration import StageSettings
-from ..models.autoencoder import Autoencoder
-from ..models.clip import ClipImageEncoder, ClipTextEncoder
-from ..models.transformers import EXPANSION
-from ..models.unet import UNet
+from ...models.autoencoder import Autoencoder
+from ...models.clip import ClipImageEncoder, ClipTextEncoder
+from ...models.transformers import EXPANSION
+from ...models.unet import UNet
+from ...settings.configuration import StageSettings
 
 _WEIGHT_BYTES = {"auto": 2, "fp32": 4, "fp16": 2, "bf16": 2}
 _ACTIVATION_BYTES = {**_WEIGHT_BYTES, "bf16": 4}  # counted: the residual stream is float32 beside bf16

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any, Mapping
 
-from . import __version__
+from .. import __version__
+from ..errors import InvalidInputError
 from .configuration import FILE_NAME, SETTINGS_OF_STAGE, VideoToVideoSettings
-from .errors import InvalidInputError
 from .request import Request, check_keywords
 
 #: Under this name a refined video's file holds stage one's record, as JSON.

@@ -13,11 +13,11 @@ from typing import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .checkpoints import Checkpoint, check_weights, open_checkpoint, safetensors_size
-from .configuration import StageSettings
-from .errors import CheckpointError
-from .precision import select_dtype
-from .stage_parts import Part, stage_parts
+from ..engine.precision import select_dtype
+from ..errors import CheckpointError
+from ..settings.configuration import StageSettings
+from . import Checkpoint, check_weights, open_checkpoint, safetensors_size
+from .parts import Part, stage_parts
 
 SUFFIX = ".safetensors"
 

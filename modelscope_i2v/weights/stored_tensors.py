@@ -12,8 +12,8 @@ from typing import Any, Callable, Iterable
 
 import torch
 
-from modelscope_i2v.checkpoints.restricted_unpickler import Inert
 from modelscope_i2v.errors import CheckpointError
+from modelscope_i2v.weights.restricted_unpickler import Inert
 
 MAX_DIMENSIONS = 64
 MAX_INTEGER = 2**63 - 1

@@ -9,10 +9,10 @@ from typing import Callable, Iterable, Iterator, TypeVar
 
 import torch
 
-from ..configuration import StageSettings
-from ..errors import NotEnoughMemoryError
+from ...errors import NotEnoughMemoryError
+from ...settings.configuration import StageSettings
+from ...settings.request import Request
 from ..precision import precision_name, select_dtype
-from ..request import Request
 from .estimate import estimate_memory, in_gigabytes
 
 logger = logging.getLogger(__name__)

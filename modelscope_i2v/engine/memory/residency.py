@@ -9,7 +9,7 @@ from typing import Iterator
 import torch
 from torch import nn
 
-from ..configuration import StageSettings
+from ...settings.configuration import StageSettings
 from .estimate import estimate_memory
 
 logger = logging.getLogger(__name__)

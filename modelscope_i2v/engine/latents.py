@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..models.autoencoder import SCALE_FACTOR, Autoencoder
+from ..models.unet import UNetConfig
 from .memory.out_of_memory import with_less_at_a_time
-from .models.autoencoder import SCALE_FACTOR, Autoencoder
-from .models.unet import UNetConfig
 
 #: Of frames decoded at a time, when memory runs out.
 _HALVES = [2**power for power in range(11, -1, -1)]

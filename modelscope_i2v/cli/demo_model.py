@@ -14,10 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Callable
 
-from . import __version__, small_model
-from .errors import OutputError
+from .. import __version__
+from ..errors import OutputError
+from ..weights import small_model
 
-EXAMPLE_IMAGE = Path(__file__).parent / "assets" / "example.jpg"
+EXAMPLE_IMAGE = Path(__file__).parents[1] / "assets" / "example.jpg"
 
 _MANIFEST = "complete.json"  # sizes and checksums of the files beside it, written last
 _BUILDING = ".building-"
@@ -66,7 +67,7 @@ def _fingerprint() -> str:
     """Of what makes the small model what it is: the source of its module, and the sizes in force."""
     source = b""
     with suppress(OSError):  # installed without sources: the version tells enough
-        source = pkgutil.get_data(__package__, "small_model.py") or b""
+        source = pkgutil.get_data(small_model.__package__, "small_model.py") or b""
     sizes = json.dumps(small_model.SMALL_SETTINGS, sort_keys=True).encode()
     return f"{zlib.crc32(source + sizes):08x}"
 

@@ -21,8 +21,9 @@ from typing import Any, Iterable, Iterator, Mapping, Sequence
 from torch import Tensor
 from tqdm import tqdm
 
-from .checkpoints import write_safetensors
-from .configuration import (
+from ..errors import ConfigurationError, InvalidInputError, OutputError
+from ..media.files import atomic_file, check_replaceable, local_path
+from ..settings.configuration import (
     FILE_NAME,
     SECOND_STAGE_SECTION,
     SETTINGS_OF_STAGE,
@@ -33,10 +34,9 @@ from .configuration import (
     section_of,
     stages_in,
 )
-from .errors import ConfigurationError, InvalidInputError, OutputError
-from .lean_weights import SUFFIX, LeanFile, arrange, needs_of
-from .media.atomic_file import atomic_file, check_replaceable, local_path
-from .rules import choice
+from ..settings.rules import choice
+from . import write_safetensors
+from .lean import SUFFIX, LeanFile, arrange, needs_of
 
 logger = logging.getLogger(__name__)
 

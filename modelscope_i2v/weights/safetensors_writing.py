@@ -10,8 +10,8 @@ from typing import Callable, Mapping
 import torch
 from torch import Tensor
 
-from modelscope_i2v.checkpoints.formats import SAFETENSORS_DTYPES
-from modelscope_i2v.checkpoints.stored_tensors import DTYPES
+from modelscope_i2v.weights.formats import SAFETENSORS_DTYPES
+from modelscope_i2v.weights.stored_tensors import DTYPES
 
 #: The dtype and the shape of each tensor of a file, by key.
 Layout = Mapping[str, "tuple[torch.dtype, tuple[int, ...]]"]

@@ -12,10 +12,10 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from .errors import MissingPackageError
-from .models.transformers import TransformerBlock
-from .models.unet import UNet
-from .samplers.velocity import Velocity
+from ..errors import MissingPackageError
+from ..models.transformers import TransformerBlock
+from ..models.unet import UNet
+from ..samplers.velocity import Velocity
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
+from ..models.conditioning import Context
+from ..models.unet import UNet
+from ..samplers.velocity import Velocity, guided, guided_within, windowed
+from ..settings.request import Request
 from .memory.out_of_memory import with_less_at_a_time
-from .models.conditioning import Context
-from .models.unet import UNet
-from .request import Request
-from .samplers.velocity import Velocity, guided, guided_within, windowed
 
 #: Up to so many latent positions (b f h w), by device, both branches of guidance go through the UNet
 #: together: its deep levels are too small for the device to be busy with one.

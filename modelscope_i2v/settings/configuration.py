@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Mapping
 
-from .errors import ConfigurationError, MissingFileError
-from .models.attention import ATTENTION_CHOICES
-from .models.autoencoder import AutoencoderConfig
-from .models.clip import LAYER_CHOICES, ClipConfig
-from .models.unet import UNetConfig
+from ..errors import ConfigurationError, MissingFileError
+from ..models.attention import ATTENTION_CHOICES
+from ..models.autoencoder import AutoencoderConfig
+from ..models.clip import LAYER_CHOICES, ClipConfig
+from ..models.unet import UNetConfig
 from .rules import (
     Rule,
     boolean,

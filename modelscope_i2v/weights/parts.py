@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from .checkpoints import find_checkpoint
-from .configuration import StageSettings
-from .models.attention import AttentionFunction, sdpa_attention
-from .models.autoencoder import Autoencoder
-from .models.clip import ClipImageEncoder, ClipTextEncoder
-from .models.unet import UNet
+from ..models.attention import AttentionFunction, sdpa_attention
+from ..models.autoencoder import Autoencoder
+from ..models.clip import ClipImageEncoder, ClipTextEncoder
+from ..models.unet import UNet
+from ..settings.configuration import StageSettings
+from . import find_checkpoint
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from .configuration import FILE_NAME, ImageToVideoSettings, VideoToVideoSettings
-from .models.autoencoder import Autoencoder, AutoencoderConfig
-from .models.clip import ClipConfig
-from .models.unet import UNet, UNetConfig
+from ..models.autoencoder import Autoencoder, AutoencoderConfig
+from ..models.clip import ClipConfig
+from ..models.unet import UNet, UNetConfig
+from ..settings.configuration import FILE_NAME, ImageToVideoSettings, VideoToVideoSettings
 
 #: Where each stage's folder stands in a small model's folder: as its id on the hub.
 IMAGE_TO_VIDEO_ID = "damo/Image-to-Video"

@@ -20,10 +20,10 @@ from typing import BinaryIO, Callable, Iterable, Iterator, Union
 import torch
 from torch import nn
 
-from modelscope_i2v.checkpoints.formats import Contents, quote_some, read_contents
-from modelscope_i2v.checkpoints.restricted_unpickler import Inert
-from modelscope_i2v.checkpoints.stored_tensors import StoredTensor
 from modelscope_i2v.errors import CheckpointError, MissingFileError
+from modelscope_i2v.weights.formats import Contents, quote_some, read_contents
+from modelscope_i2v.weights.restricted_unpickler import Inert
+from modelscope_i2v.weights.stored_tensors import StoredTensor
 
 Device = Union[str, torch.device, None]
 

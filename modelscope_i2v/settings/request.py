@@ -13,9 +13,9 @@ from typing import Any, Callable, Mapping
 import torch
 from torch import Tensor
 
+from ..engine.memory.estimate import memory_in_words
+from ..errors import InvalidInputError
 from .configuration import RULES, StageSettings, VideoToVideoSettings
-from .errors import InvalidInputError
-from .memory.estimate import memory_in_words
 from .rules import Rule, boolean, did_you_mean, function, integer, optional, text
 
 #: Called after each step with (step, timestep or noise level, latents [B, 4, F, h, w]).

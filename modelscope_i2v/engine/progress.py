@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .request import Request, StepCallback
+from ..settings.request import Request, StepCallback
 
 
 class PhaseClock:

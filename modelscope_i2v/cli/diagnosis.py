@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterator
 
-from . import __version__
-from .errors import I2VError
+from .. import __version__
+from ..errors import I2VError
 
 #: The packages whose versions matter to a report, by the names that they are installed under.
 _REQUIRED = ("modelscope", "torch", "open_clip_torch", "einops", "torchsde", "av", "Pillow", "numpy")
@@ -53,7 +53,7 @@ def _packages() -> Iterator[Finding]:
 
 
 def _plugin() -> Iterator[Finding]:
-    from .activation import AUTOLOAD_VARIABLE, activation_status
+    from ..plugin.activation import AUTOLOAD_VARIABLE, activation_status
 
     try:
         import modelscope.models.builder  # noqa: F401 - whose import is what activates
@@ -84,10 +84,10 @@ def _plugin() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     import torch
 
-    from .configuration import ImageToVideoSettings, VideoToVideoSettings
-    from .memory.residency import choose_low_memory
-    from .models.attention import select_attention
-    from .precision import precision_name, select_dtype
+    from ..engine.memory.residency import choose_low_memory
+    from ..engine.precision import precision_name, select_dtype
+    from ..models.attention import select_attention
+    from ..settings.configuration import ImageToVideoSettings, VideoToVideoSettings
 
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -111,7 +111,7 @@ def _device() -> Iterator[Finding]:
 
 
 def _model_folder(folder: Path) -> Iterator[Finding]:
-    from .configuration import load_settings, read_configuration, stages_in
+    from ..settings.configuration import load_settings, read_configuration, stages_in
 
     try:
         stages = stages_in(read_configuration(folder))
@@ -132,8 +132,8 @@ def _model_folder(folder: Path) -> Iterator[Finding]:
 
 
 def _weights(folder: Path, stage: str, settings) -> Iterator[Finding]:
-    from .checkpoints import check_weights
-    from .stage_parts import stage_parts
+    from ..weights import check_weights
+    from ..weights.parts import stage_parts
 
     try:
         parts = stage_parts(settings, folder)

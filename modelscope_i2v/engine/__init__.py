@@ -1,0 +1,1 @@
+"""A stage without ModelScope: its parts, its generation, its memory and its progress."""

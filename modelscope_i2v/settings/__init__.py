@@ -1,0 +1,1 @@
+"""What a user can set: rules, settings, requests and records."""

@@ -17,7 +17,7 @@ from environments import Environment
 from sample_videos import moving_frames
 from stage_pipelines import STAGES, built
 
-from modelscope_i2v.media.video import encode_video
+from modelscope_i2v.media.video import video_bytes
 from modelscope_i2v.weights.small_model import make_small_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +101,7 @@ def pipes(small_model) -> dict:
 def inputs(picture, tmp_path_factory) -> dict[str, str]:
     """Files for ``pipes``."""
     path = tmp_path_factory.mktemp("videos") / "clip.mp4"
-    path.write_bytes(encode_video(moving_frames(4, 40, 64)))
+    path.write_bytes(video_bytes(moving_frames(4, 40, 64)))
     return {STAGES[0]: str(picture), STAGES[1]: str(path)}
 
 

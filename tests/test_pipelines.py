@@ -19,13 +19,13 @@ from PIL import Image
 
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError, MissingFileError
 from modelscope_i2v.media.preprocessing import to_frames
-from modelscope_i2v.media.video import encode_video, read_metadata, read_video
+from modelscope_i2v.media.video import read_metadata, read_video, video_bytes
 from modelscope_i2v.samplers.ddim import sample_ddim
 from modelscope_i2v.samplers.sdedit import BrownianNoise, dpmpp_2m_sde_levels, sample_dpmpp_2m_sde
 from modelscope_i2v.samplers.velocity import guided
 
 
-def video_bytes(result: dict) -> bytes:
+def bytes_of(result: dict) -> bytes:
     assert isinstance(result[OutputKeys.OUTPUT_VIDEO], bytes)
     return result[OutputKeys.OUTPUT_VIDEO]
 
@@ -43,7 +43,7 @@ def test_stage_one_writes_a_playable_file_of_what_the_model_computed(i2v, pictur
     assert video.frames.shape == (4, 64, 128, 3)
     assert video.fps == 8
     expected = to_frames(i2v.model(i2v.preprocess(str(picture)))[0])
-    assert np.array_equal(video.frames, read_video(encode_video(expected)).frames)
+    assert np.array_equal(video.frames, read_video(video_bytes(expected)).frames)
 
 
 def test_stage_two_takes_stage_ones_file(v2v, clip, tmp_path):
@@ -53,30 +53,30 @@ def test_stage_two_takes_stage_ones_file(v2v, clip, tmp_path):
     video = read_video(path)
     assert video.frames.shape == (4, 80, 128, 3)
     expected = to_frames(v2v.model(v2v.preprocess({"video_path": str(clip)}))[0])
-    assert np.array_equal(video.frames, read_video(encode_video(expected)).frames)
+    assert np.array_equal(video.frames, read_video(video_bytes(expected)).frames)
 
 
 @pytest.mark.parametrize("size", [(100, 60), (72, 136)])
 def test_odd_sizes_come_out_as_asked_for(i2v, v2v, picture, clip, size):
     for pipe, source in ((i2v, str(picture)), (v2v, {"video_path": str(clip)})):
-        frames = read_video(video_bytes(pipe(source, resolution=size, steps=1))).frames
+        frames = read_video(bytes_of(pipe(source, resolution=size, steps=1))).frames
         assert frames.shape == (4, size[1], size[0], 3)
 
 
 def test_call_keywords_reach_the_video(i2v, picture):
-    video = read_video(video_bytes(i2v(str(picture), steps=1, max_frames=3, fps=12, seed=5)))
+    video = read_video(bytes_of(i2v(str(picture), steps=1, max_frames=3, fps=12, seed=5)))
     assert len(video.frames) == 3
     assert video.fps == 12
     assert video.metadata["seed"] == "5" and video.metadata["steps"] == "1"
 
 
 def test_frames_per_second_condition_stage_one(i2v, picture):
-    slow, fast = (read_video(video_bytes(i2v(str(picture), fps=fps))).frames for fps in (4, 24))
+    slow, fast = (read_video(bytes_of(i2v(str(picture), fps=fps))).frames for fps in (4, 24))
     assert not np.array_equal(slow, fast)
 
 
 def test_same_seed_same_bytes_and_other_seed_other_video(i2v, picture):
-    first, other, again = (video_bytes(i2v(str(picture), seed=seed)) for seed in (1, 2, 1))
+    first, other, again = (bytes_of(i2v(str(picture), seed=seed)) for seed in (1, 2, 1))
     assert first == again
     assert not np.array_equal(read_video(first).frames, read_video(other).frames)
 
@@ -93,8 +93,8 @@ def test_same_seed_same_bytes_in_another_process(i2v, v2v, small_model, picture,
     )
     arguments = [*map(str, small_model), str(picture), str(clip), str(tmp_path)]
     subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
-    assert (tmp_path / "1.mp4").read_bytes() == video_bytes(i2v(str(picture)))
-    assert (tmp_path / "2.mp4").read_bytes() == video_bytes(v2v({"video_path": str(clip)}))
+    assert (tmp_path / "1.mp4").read_bytes() == bytes_of(i2v(str(picture)))
+    assert (tmp_path / "2.mp4").read_bytes() == bytes_of(v2v({"video_path": str(clip)}))
 
 
 def test_without_a_seed_every_call_differs_and_reports_its_seed(i2v, picture):
@@ -104,7 +104,7 @@ def test_without_a_seed_every_call_differs_and_reports_its_seed(i2v, picture):
     finally:
         i2v.model.cfg.seed = 666
     assert first["seed"] != second["seed"]
-    assert video_bytes(i2v(str(picture), seed=first["seed"])) == video_bytes(first)
+    assert bytes_of(i2v(str(picture), seed=first["seed"])) == bytes_of(first)
 
 
 def test_a_generator_gives_a_seed_that_reproduces_the_video(i2v, picture):
@@ -112,7 +112,7 @@ def test_a_generator_gives_a_seed_that_reproduces_the_video(i2v, picture):
     first, second = (i2v(str(picture), generator=generator) for _ in range(2))
     again = i2v(str(picture), generator=torch.Generator().manual_seed(3))
     assert first["seed"] == again["seed"] != second["seed"]
-    assert video_bytes(i2v(str(picture), seed=first["seed"])) == video_bytes(first) == video_bytes(again)
+    assert bytes_of(i2v(str(picture), seed=first["seed"])) == bytes_of(first) == bytes_of(again)
 
 
 def test_global_random_states_are_left_alone(i2v, v2v, picture, clip):
@@ -128,19 +128,19 @@ def test_every_kind_of_image_gives_the_same_video(i2v, picture):
     image = Image.open(picture)
     bgr = np.asarray(image)[:, :, ::-1]
     sources = [str(picture), picture, image, np.ascontiguousarray(bgr), picture.read_bytes()]
-    videos = [video_bytes(i2v(source)) for source in sources]
+    videos = [bytes_of(i2v(source)) for source in sources]
     assert all(video == videos[0] for video in videos)
 
 
 def test_a_video_may_be_given_alone_as_bytes_and_with_further_keys(v2v, clip):
-    expected = video_bytes(v2v({"video_path": str(clip)}))
-    assert video_bytes(v2v(str(clip))) == expected
-    assert video_bytes(v2v({"video_path": clip.read_bytes(), "scene": 7})) == expected
+    expected = bytes_of(v2v({"video_path": str(clip)}))
+    assert bytes_of(v2v(str(clip))) == expected
+    assert bytes_of(v2v({"video_path": clip.read_bytes(), "scene": 7})) == expected
 
 
 def test_prompts_reach_stage_two(v2v, clip):
     plain, with_text, by_keyword, other_negative = (
-        video_bytes(v2v({"video_path": str(clip), **given}, **keywords))
+        bytes_of(v2v({"video_path": str(clip), **given}, **keywords))
         for given, keywords in (
             ({}, {}),
             ({"text": "a boat"}, {}),
@@ -156,10 +156,10 @@ def test_prompts_reach_stage_two(v2v, clip):
 
 def test_a_list_gives_what_single_calls_give(i2v, picture, tmp_path):
     flipped = Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    singles = [video_bytes(i2v(source)) for source in (str(picture), flipped)]
+    singles = [bytes_of(i2v(source)) for source in (str(picture), flipped)]
     assert singles[0] != singles[1]
-    assert [video_bytes(result) for result in i2v([str(picture), flipped])] == singles
-    assert [video_bytes(result) for result in i2v([str(picture), flipped], batch_size=2)] == singles
+    assert [bytes_of(result) for result in i2v([str(picture), flipped])] == singles
+    assert [bytes_of(result) for result in i2v([str(picture), flipped], batch_size=2)] == singles
     paths = [str(tmp_path / "0.mp4"), str(tmp_path / "1.mp4")]
     i2v([str(picture), flipped], output_video=paths)
     assert [Path(path).read_bytes() for path in paths] == singles
@@ -235,7 +235,7 @@ def test_what_callers_may_rely_on(i2v, v2v):
 def test_a_model_built_first_is_taken(small_model, picture, i2v):
     model = Model.from_pretrained(str(small_model[0]), device="cpu")
     pipe = pipeline("image-to-video", model=model, device="cpu")
-    assert video_bytes(pipe(str(picture))) == video_bytes(i2v(str(picture)))
+    assert bytes_of(pipe(str(picture))) == bytes_of(i2v(str(picture)))
 
 
 def test_parts_moved_and_cast_by_hand(small_model, picture, clip, i2v, v2v):
@@ -247,7 +247,7 @@ def test_parts_moved_and_cast_by_hand(small_model, picture, clip, i2v, v2v):
     pipe.model.autoencoder.to(device)
     pipe.model.generator.bfloat16().to(device)
     pipe.model.negative_y = pipe.model.negative_y.to(device)
-    halved, full = (read_video(video_bytes(each(str(clip)))).frames for each in (pipe, v2v))
+    halved, full = (read_video(bytes_of(each(str(clip)))).frames for each in (pipe, v2v))
     assert not np.array_equal(halved, full)
     assert psnr(halved, full) > 10
 
@@ -255,16 +255,16 @@ def test_parts_moved_and_cast_by_hand(small_model, picture, clip, i2v, v2v):
 def test_long_videos_go_through_in_windows(v2v, clip):
     """No frame is dropped, and a limit above the length changes nothing."""
     long = np.concatenate([read_video(clip).frames] * 2)  # 8 frames, twice max_frames
-    source = {"video_path": encode_video(long)}
-    windowed = read_video(video_bytes(v2v(source))).frames
+    source = {"video_path": video_bytes(long)}
+    windowed = read_video(bytes_of(v2v(source))).frames
     assert len(windowed) == 8
     v2v.model.cfg.max_frames = 10000
     try:
-        whole = read_video(video_bytes(v2v(source))).frames
+        whole = read_video(bytes_of(v2v(source))).frames
         v2v.chunk_size, v2v.overlap_size = 4, 2
-        chunked = read_video(video_bytes(v2v(source))).frames
+        chunked = read_video(bytes_of(v2v(source))).frames
         v2v.overlap_size = 1  # which is what four frames' windows have by default
-        assert np.array_equal(read_video(video_bytes(v2v(source))).frames, windowed)
+        assert np.array_equal(read_video(bytes_of(v2v(source))).frames, windowed)
     finally:
         v2v.model.cfg.max_frames, v2v.chunk_size, v2v.overlap_size = 4, None, None
     assert len(whole) == len(chunked) == 8
@@ -281,10 +281,10 @@ def test_settings_as_keywords_of_the_pipeline(small_model, picture):
         steps=1,
         fps=10,
     )
-    video = read_video(video_bytes(pipe(str(picture))))
+    video = read_video(bytes_of(pipe(str(picture))))
     assert video.frames.shape == (4, 64, 64, 3) and video.fps == 10
     assert video.metadata["seed"] == "3"
-    assert read_video(video_bytes(pipe(str(picture), seed=4))).metadata["seed"] == "4"  # the call goes first
+    assert read_video(bytes_of(pipe(str(picture), seed=4))).metadata["seed"] == "4"  # the call goes first
 
 
 def test_a_slip_in_the_pipelines_keywords_is_pointed_out(small_model, caplog):
@@ -399,20 +399,20 @@ def test_models_that_do_not_fit_the_task(small_model, i2v):
 
 
 def test_a_failed_call_leaves_the_pipeline_usable(i2v, picture):
-    expected = video_bytes(i2v(str(picture)))
+    expected = bytes_of(i2v(str(picture)))
 
     def fail(step, t, latents):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         i2v(str(picture), callback=fail)
-    assert video_bytes(i2v(str(picture))) == expected
+    assert bytes_of(i2v(str(picture))) == expected
 
 
 def test_a_callback_may_call_another_pipeline(i2v, v2v, picture, clip):
     inner = []
     i2v(str(picture), steps=1, callback=lambda *step: inner.append(v2v(str(clip), steps=1)))
-    assert video_bytes(inner[0]) == video_bytes(v2v(str(clip), steps=1))
+    assert bytes_of(inner[0]) == bytes_of(v2v(str(clip), steps=1))
 
 
 def test_video_from_an_open_buffer_is_refused_with_its_type(v2v):

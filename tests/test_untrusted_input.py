@@ -20,7 +20,7 @@ from sample_videos import moving_frames
 from stage_pipelines import STAGES, built, video_of
 
 from modelscope_i2v.errors import CheckpointError, InvalidInputError, MissingFileError, OutputError
-from modelscope_i2v.media.video import encode_video, read_metadata, read_video
+from modelscope_i2v.media.video import read_metadata, read_video, video_bytes
 from modelscope_i2v.settings import record as provenance
 
 # Weights files
@@ -56,7 +56,7 @@ def test_a_wrong_weights_file_is_named_by_modelscopes_own_call(
 
 def test_a_video_of_more_frames_than_allowed_is_refused_before_work(pipes, inputs, monkeypatch):
     pipe, stage = pipes[STAGES[1]], STAGES[1]
-    long = encode_video(moving_frames(12, 40, 64))
+    long = video_bytes(moving_frames(12, 40, 64))
     monkeypatch.setattr(pipe.model.cfg, "limit_frames", 8)
     read, steps = [], []
     transform = pipe.preprocessor.transform
@@ -162,7 +162,7 @@ def test_a_record_that_is_made_to_hurt_harms_nothing(pipes, inputs):
     pipe, frames = pipes[STAGES[1]], moving_frames(4, 40, 64)
     ours = {"software": "modelscope_i2v 1", "stage": STAGES[0]}
     for damaged in ({"seed": "[" * 50_000}, {"seed": "9" * 5000}, {"stage": "[]"}, {"a": '"\\ud800"'}):
-        result = pipe(encode_video(frames, metadata={**ours, **damaged}), steps=1)
+        result = pipe(video_bytes(frames, metadata={**ours, **damaged}), steps=1)
         assert len(read_video(video_of(result)).frames) == 4
 
 

@@ -24,9 +24,9 @@ from modelscope_i2v.media import video_writing
 from modelscope_i2v.media.video import (
     Video,
     check_writable,
-    encode_video,
     read_metadata,
     read_video,
+    video_bytes,
     write_video,
 )
 
@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def mp4() -> bytes:
-    return encode_video(FRAMES)
+    return video_bytes(FRAMES)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mov", "a.M4V", "no extension"])
@@ -69,7 +69,7 @@ def test_properties_of_the_file(mp4):
 def test_colours_are_limited_range_bt601():
     """The conversion of ``ffmpeg -pix_fmt yuv420p``, and the tag that tells players so."""
     colour = np.array([200, 30, 60])
-    data = encode_video(np.broadcast_to(colour.astype(np.uint8), (2, 32, 32, 3)))
+    data = video_bytes(np.broadcast_to(colour.astype(np.uint8), (2, 32, 32, 3)))
     with av.open(io.BytesIO(data)) as container:
         frame = next(container.decode(video=0))
         got = [int(np.frombuffer(bytes(plane), np.uint8)[plane.line_size * 4 + 4]) for plane in frame.planes]
@@ -87,7 +87,7 @@ def test_colours_are_limited_range_bt601():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_few_frames(count):
-    data = encode_video(FRAMES[:count])
+    data = video_bytes(FRAMES[:count])
     assert read_video(data).frames.shape[0] == count
     with av.open(io.BytesIO(data)) as container:
         assert container.duration == count / 8 * 1e6
@@ -97,7 +97,7 @@ def test_few_frames(count):
 def test_odd_sizes_repeat_the_edge(height, width, caplog):
     frames = moving_frames(2, 48, 300)[:, :height, :width]
     with caplog.at_level(logging.INFO, "modelscope_i2v"):
-        video = read_video(encode_video(frames))
+        video = read_video(video_bytes(frames))
     even = (height + height % 2, width + width % 2)
     assert video.frames.shape[1:3] == even
     assert f"become {even[1]}x{even[0]}" in caplog.text
@@ -112,13 +112,13 @@ def test_odd_sizes_repeat_the_edge(height, width, caplog):
      (23.976, 23.976), (np.float32(12.5), 12.5), (1000, 1000), (np.int64(24), 24)],
 )  # fmt: skip
 def test_frame_rates(fps, expected):
-    assert read_video(encode_video(FRAMES[:5], fps=fps)).fps == pytest.approx(expected, rel=1e-6)
+    assert read_video(video_bytes(FRAMES[:5], fps=fps)).fps == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e9, "8", None, True, 1j])
 def test_refused_frame_rates(fps):
     with pytest.raises(InvalidInputError, match="allowed are numbers from 0.01 to 1000"):
-        encode_video(FRAMES, fps=fps)
+        video_bytes(FRAMES, fps=fps)
 
 
 def test_metadata_of_any_key(tmp_path):
@@ -157,7 +157,7 @@ def test_metadata_of_any_key(tmp_path):
 )
 def test_refused_metadata(metadata, words):
     with pytest.raises(InvalidInputError, match=words):
-        encode_video(FRAMES, metadata=metadata)
+        video_bytes(FRAMES, metadata=metadata)
 
 
 @pytest.mark.parametrize(
@@ -183,26 +183,26 @@ def test_refused_frames(tmp_path, frames, words):
 
 
 def test_frames_from_an_iterable(mp4):
-    assert encode_video(frame for frame in FRAMES) == mp4
-    assert encode_video(list(FRAMES)) == mp4
-    assert encode_video(np.asfortranarray(FRAMES)) == mp4
+    assert video_bytes(frame for frame in FRAMES) == mp4
+    assert video_bytes(list(FRAMES)) == mp4
+    assert video_bytes(np.asfortranarray(FRAMES)) == mp4
     mirrored = np.ascontiguousarray(FRAMES[:, :, ::-1])
-    assert encode_video(mirrored[:, :, ::-1]) == mp4
+    assert video_bytes(mirrored[:, :, ::-1]) == mp4
 
 
 CHILD = """
 import os, sys
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import hashlib, numpy as np
-from modelscope_i2v.media.video import encode_video
+from modelscope_i2v.media.video import video_bytes
 frames = np.frombuffer(sys.stdin.buffer.read(), np.uint8).reshape(6, 240, 320, 3)
-print(hashlib.sha256(encode_video(frames, metadata={"b": "2", "a": "1"})).hexdigest())
+print(hashlib.sha256(video_bytes(frames, metadata={"b": "2", "a": "1"})).hexdigest())
 """
 
 
 def test_same_bytes_in_every_process_and_on_one_core():
     frames = np.random.default_rng(1).integers(0, 256, (6, 240, 320, 3), dtype=np.uint8)
-    ours = hashlib.sha256(encode_video(frames, metadata={"a": "1", "b": "2"})).hexdigest()
+    ours = hashlib.sha256(video_bytes(frames, metadata={"a": "1", "b": "2"})).hexdigest()
     for filling in ("0", "85", "255"):  # of memory that the C library hands out: none of it may matter
         child = subprocess.run(
             [sys.executable, "-c", CHILD],
@@ -212,7 +212,7 @@ def test_same_bytes_in_every_process_and_on_one_core():
             stdout=subprocess.PIPE,
         )
         assert child.stdout.decode().strip() == ours
-    assert b" threads=4 " in encode_video(np.zeros((1, 512, 512, 3), np.uint8))  # not the number of cores
+    assert b" threads=4 " in video_bytes(np.zeros((1, 512, 512, 3), np.uint8))  # not the number of cores
 
 
 @pytest.mark.parametrize(
@@ -283,13 +283,13 @@ def test_full_disk(tmp_path, mp4):
 
 def test_encode_video_leaves_nothing(tmp_path, monkeypatch, mp4):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert encode_video(FRAMES) == mp4
+    assert video_bytes(FRAMES) == mp4
     with pytest.raises(InvalidInputError):
-        encode_video([FRAMES[0], None])
+        video_bytes([FRAMES[0], None])
     assert not os.listdir(tmp_path)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
     with pytest.raises(OutputError, match="No such file"):
-        encode_video(FRAMES)
+        video_bytes(FRAMES)
 
 
 # A child of something that runs in the background ignores SIGINT from the start, and Python then goes on so.

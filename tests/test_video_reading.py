@@ -18,12 +18,12 @@ from sample_videos import FRAMES, foreign_file, moving_frames, psnr, with_displa
 
 from modelscope_i2v.errors import InvalidInputError, MissingFileError
 from modelscope_i2v.media import video_reading
-from modelscope_i2v.media.video import encode_video, read_metadata, read_video
+from modelscope_i2v.media.video import read_metadata, read_video, video_bytes
 
 
 @pytest.fixture(scope="module")
 def mp4() -> bytes:
-    return encode_video(FRAMES)
+    return video_bytes(FRAMES)
 
 
 @contextmanager
@@ -188,7 +188,7 @@ def test_no_duration_in_the_header():
 def test_unknown_frame_rate(caplog, monkeypatch):
     monkeypatch.setattr(video_reading, "_plausible", lambda rate: False)
     with caplog.at_level(logging.INFO, "modelscope_i2v"):
-        assert read_video(encode_video(FRAMES, fps=30)).fps == 8
+        assert read_video(video_bytes(FRAMES, fps=30)).fps == 8
     assert "does not tell its frame rate; taken as 8" in caplog.text
 
 
@@ -218,7 +218,7 @@ def test_a_size_that_changes(caplog):
 def test_cut_short(container, part, caplog):
     noise = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
     if container == "mp4":
-        data = encode_video(noise)
+        data = video_bytes(noise)
     else:
         data = foreign_file(noise, "mpeg2video", "yuv420p", container, 25, b="4000000")
     whole = read_video(data).frames
@@ -248,7 +248,7 @@ def test_empty_packets_are_no_damage(caplog):
 
 
 def test_metadata_of_another_encoding():
-    data = encode_video(FRAMES[:1], metadata={"title": "cafXX"}).replace(b"cafXX", b"caf\xe9\xe9")
+    data = video_bytes(FRAMES[:1], metadata={"title": "cafXX"}).replace(b"cafXX", b"caf\xe9\xe9")
     assert read_metadata(data) == {"title": "caf\ufffd\ufffd"}
 
 
@@ -360,7 +360,7 @@ def test_memory_is_bounded(mp4, monkeypatch):
 
 SMALL = moving_frames(4, 16, 16)
 FUZZED = {
-    "mp4": encode_video(SMALL),
+    "mp4": video_bytes(SMALL),
     "webm": foreign_file(SMALL, "libvpx-vp9", "yuv420p", "webm", **{"deadline": "realtime"}),
     "avi": foreign_file(SMALL, "mpeg4", "yuv420p", "avi"),
     "mpegts": foreign_file(SMALL, "mpeg2video", "yuv420p", "mpegts", 25),

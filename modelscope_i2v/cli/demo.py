@@ -7,9 +7,9 @@ import os
 
 from .command import PROGRAM, Command, add_run_arguments, given, say
 from .stages import (
-    IMAGE_TO_VIDEO_MODEL,
+    HUB_ID_IMAGE_TO_VIDEO,
+    HUB_ID_VIDEO_TO_VIDEO,
     REVISION,
-    VIDEO_TO_VIDEO_MODEL,
     Stage,
     check_device,
     let_waiting_threads_sleep,
@@ -19,16 +19,16 @@ _ABOUT_THE_WEIGHTS = f"""\
 Both stages work. What these videos show is noise, and that is as it should be: the demo's model is small, and
 its weights are random numbers. The real weights come from ModelScope's hub:
 
-  modelscope download --model {IMAGE_TO_VIDEO_MODEL} --revision {REVISION}
+  modelscope download --model {HUB_ID_IMAGE_TO_VIDEO} --revision {REVISION}
       open_clip_pytorch_model.bin 3.94 GB, v2-1_512-ema-pruned.ckpt 5.21 GB,
       base_03_alldata_fps_v_80g_0789000.pth 5.68 GB
-  modelscope download --model {VIDEO_TO_VIDEO_MODEL} --revision {REVISION}
+  modelscope download --model {HUB_ID_VIDEO_TO_VIDEO} --revision {REVISION}
       the same two files, and non_ema_0035000.pth 5.65 GB
 
 or by themselves, with the first of these calls or with this command:
 
-  pipeline(task="image-to-video", model="{IMAGE_TO_VIDEO_MODEL}", model_revision="{REVISION}")
-  pipeline(task="video-to-video", model="{VIDEO_TO_VIDEO_MODEL}", model_revision="{REVISION}")
+  pipeline(task="image-to-video", model="{HUB_ID_IMAGE_TO_VIDEO}", model_revision="{REVISION}")
+  pipeline(task="video-to-video", model="{HUB_ID_VIDEO_TO_VIDEO}", model_revision="{REVISION}")
 
   {PROGRAM} generate IMAGE -o video.mp4 --refine"""
 

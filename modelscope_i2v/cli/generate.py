@@ -8,14 +8,14 @@ from typing import Any
 
 from ..errors import InvalidInputError
 from .command import Command, add_run_arguments, given, say, size_argument
-from .stages import IMAGE_TO_VIDEO_MODEL, VIDEO_TO_VIDEO_MODEL, Stage, download, quiet, release_memory
+from .stages import HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO, Stage, download, quiet, release_memory
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("image", metavar="IMAGE", help="a path or a URL")
     add("-o", "--output", required=True, metavar="PATH", help="the video to write: .mp4, .m4v or .mov")
-    add("--model", default=IMAGE_TO_VIDEO_MODEL, metavar="DIR_OR_ID",
+    add("--model", default=HUB_ID_IMAGE_TO_VIDEO, metavar="DIR_OR_ID",
         help="stage one's folder, or its id on the hub (default: %(default)s)")  # fmt: skip
     add("--steps", type=int, metavar="N", help="of denoising")
     add("--guide-scale", type=float, metavar="X", help="how closely to follow the image")
@@ -33,7 +33,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     refine = parser.add_argument_group("stage two: a larger, sharper video")
     refine.add_argument("--refine", nargs="?", const="", metavar="DIR_OR_ID",
         help="run it too, of this folder or id on the hub (default: stage one's folder if it describes both "
-        f"stages, else {VIDEO_TO_VIDEO_MODEL})")  # fmt: skip
+        f"stages, else {HUB_ID_VIDEO_TO_VIDEO})")  # fmt: skip
     refine.add_argument("--text", metavar="T", help="what the video shows, in English")
     refine.add_argument("--refine-steps", type=int, metavar="N", help="of denoising in stage two")
     refine.add_argument(
@@ -132,7 +132,7 @@ def _default_refine_model(model: str) -> str:
 
     if os.path.isdir(model) and "video-to-video" in stages_in(read_configuration(model)):
         return model
-    return VIDEO_TO_VIDEO_MODEL
+    return HUB_ID_VIDEO_TO_VIDEO
 
 
 def _downloaded(stage: Stage, debug: bool) -> Stage:

@@ -6,7 +6,7 @@ import argparse
 import os
 
 from .command import Command, add_run_arguments, given, say
-from .stages import IMAGE_TO_VIDEO_MODEL, Stage, download, quiet
+from .stages import HUB_ID_IMAGE_TO_VIDEO, Stage, download, quiet
 
 
 def _add_preview_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def _add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     add("image", metavar="IMAGE", help="a path or a URL")
     add("-o", "--output", required=True, metavar="FOLDER", help="for the videos and contact_sheet.png")
     add("--seeds", required=True, type=_seeds, metavar="N,N,...", help="one for each video")
-    add("--model", default=IMAGE_TO_VIDEO_MODEL, metavar="DIR_OR_ID", help="(default: %(default)s)")
+    add("--model", default=HUB_ID_IMAGE_TO_VIDEO, metavar="DIR_OR_ID", help="(default: %(default)s)")
     add("--steps", type=int, metavar="N", help="of denoising")
     add_run_arguments(parser, seed=False)
 

@@ -16,8 +16,8 @@ from ..errors import InvalidInputError, MissingFileError
 from .command import say
 
 #: The published models: their ids on ModelScope's hub, and the version that this package is for.
-IMAGE_TO_VIDEO_MODEL = "damo/Image-to-Video"
-VIDEO_TO_VIDEO_MODEL = "damo/Video-to-Video"
+HUB_ID_IMAGE_TO_VIDEO = "damo/Image-to-Video"
+HUB_ID_VIDEO_TO_VIDEO = "damo/Video-to-Video"
 REVISION = "v1.1.0"
 
 _CHECKPOINTS = ("ckpt_clip", "ckpt_unet", "ckpt_autoencoder")
@@ -104,7 +104,7 @@ def download(model: str, debug: bool = False) -> str:
         return model
     from modelscope.hub.snapshot_download import snapshot_download
 
-    revision = REVISION if model in (IMAGE_TO_VIDEO_MODEL, VIDEO_TO_VIDEO_MODEL) else None
+    revision = REVISION if model in (HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO) else None
     try:
         return snapshot_download(model, revision=revision)
     except Exception as error:  # of many types, which differ between ModelScope's versions

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from .video_reading import Video, read_metadata, read_video
-from .video_writing import DEFAULT_FPS, EXTENSIONS, check_writable, encode_video, write_video
+from .video_writing import DEFAULT_FPS, EXTENSIONS, check_writable, video_bytes, write_video
 
 __all__ = [
     "DEFAULT_FPS",
     "EXTENSIONS",
     "Video",
     "check_writable",
-    "encode_video",
+    "video_bytes",
     "read_metadata",
     "read_video",
     "write_video",

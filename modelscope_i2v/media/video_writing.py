@@ -82,7 +82,7 @@ def write_video(
     return shown
 
 
-def encode_video(
+def video_bytes(
     frames: np.ndarray | Iterable[np.ndarray],
     fps: float | Fraction = DEFAULT_FPS,
     metadata: dict[str, str] | None = None,

@@ -17,7 +17,7 @@ from ..engine.progress import PhaseClock
 from ..errors import ConfigurationError, InvalidInputError
 from ..media.contact_sheet import contact_sheet
 from ..media.preprocessing import to_frames
-from ..media.video import Video, check_writable, encode_video, read_video, write_video
+from ..media.video import Video, check_writable, read_video, video_bytes, write_video
 from ..settings.configuration import SECOND_STAGE_SECTION, SETTINGS_OF_STAGE, read_configuration
 from ..settings.record import FIRST_STAGE, from_metadata, record, to_metadata
 from ..settings.request import Request, check_keywords, keywords_of
@@ -176,7 +176,7 @@ class StagePipeline(Pipeline):
 def _saved(frames: np.ndarray, path: Any, entries: Mapping[str, Any]) -> str | bytes:
     """The video's path, or without one its file's bytes."""
     if path is None:
-        return encode_video(frames, entries["fps"], to_metadata(entries))
+        return video_bytes(frames, entries["fps"], to_metadata(entries))
     return write_video(frames, path, entries["fps"], to_metadata(entries))
 
 

@@ -1,8 +1,17 @@
-"""The exceptions that this package raises for its user's or the world's faults.
+"""The exceptions that this package raises for its user's or the world's faults, and values in their words.
 
 Each is also the matching built-in exception, so that ``except ValueError`` and the like in existing
 code go on working. Anything else that escapes is a bug of ours.
 """
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+# One slash will do: ``Path("https://host")`` is "https:/host". Two letters at least: "C:/" is a drive.
+_URL = re.compile(r"([a-z][a-z0-9+.\-]{1,30}:[/\\]+)(.*)", re.IGNORECASE | re.DOTALL)
+_DATA_URL = re.compile(r"(data:)[a-z]+/.*", re.IGNORECASE | re.DOTALL)
 
 
 class I2VError(Exception):
@@ -35,3 +44,30 @@ class MissingPackageError(I2VError, ImportError):
 
 class NotEnoughMemoryError(I2VError, MemoryError):
     """A generation that does not fit into memory, however little is computed at a time."""
+
+
+def redact(text: str) -> str:
+    """Return ``text`` without the credentials, the query and the fragment of a URL in it.
+
+    A URL may be anywhere in the text, mangled by ``pathlib`` too, and ends only where the text ends: a
+    password may hold blanks, quotes and slashes. In doubt more is hidden than need be.
+    """
+    return _URL.sub(_without_secrets, _DATA_URL.sub(r"\1...", text))
+
+
+def _without_secrets(url: re.Match[str]) -> str:
+    scheme, rest = url.groups()
+    shown = re.split("[?#]", rest, maxsplit=1)[0]
+    if "@" in rest[len(shown) :]:  # of a query, or of a password with a question mark
+        return scheme + "..."
+    credentials, _, shown = shown.rpartition("@")
+    return scheme + ("...@" if "/" in credentials else "") + shown
+
+
+def describe(value: Any, length: int = 100) -> str:
+    """Return a value's ``repr`` for a message: redacted, at most ``length`` characters, never an error."""
+    try:
+        shown = repr(redact(value)) if isinstance(value, str) else redact(repr(value))
+    except Exception:  # whatever a foreign __repr__ raises; of an int, more digits than Python converts
+        return f"a value of type {type(value).__name__}"
+    return shown if len(shown) <= length else shown[: length - 3] + "..."

@@ -7,6 +7,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable
 
+from ..errors import describe
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -22,11 +24,9 @@ class Rule:
         """The converted value, or an ``error_type`` that names it, and says what is allowed."""
         try:
             return self.convert(value)
-        except (TypeError, ValueError) as error:
-            shown = repr(value)
-            shown = shown if len(shown) <= 100 else shown[:97] + "..."
-            reason = f" ({error})" if str(error) else ""
-            raise error_type(f"{name}: got {shown}, allowed is {self.allowed}{reason}") from None
+        except Exception as error:  # a foreign value's methods raise whatever they like
+            reason = f" ({error})" if type(error) in (TypeError, ValueError) and str(error) else ""
+            raise error_type(f"{name}: got {describe(value)}, allowed is {self.allowed}{reason}") from None
 
 
 def _require(condition: bool) -> None:

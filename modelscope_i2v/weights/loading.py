@@ -20,7 +20,7 @@ from typing import BinaryIO, Callable, Iterable, Iterator, Union
 import torch
 from torch import nn
 
-from modelscope_i2v.errors import CheckpointError, MissingFileError
+from modelscope_i2v.errors import CheckpointError, MissingFileError, redact
 from modelscope_i2v.weights.formats import Contents, quote_some, read_contents
 from modelscope_i2v.weights.restricted_unpickler import Inert
 from modelscope_i2v.weights.stored_tensors import StoredTensor
@@ -50,7 +50,8 @@ def find_checkpoint(folder: str | os.PathLike, name: str | os.PathLike) -> Path:
         found = f"it is a link to '{os.readlink(path)}', which is not there"
     else:
         found = _describe_folder(path)
-    raise MissingFileError(f"There is no weights file '{path.name}' in '{path.parent}': {found}.")
+    shown = Path(redact(str(path)))  # a URL given for a file name
+    raise MissingFileError(f"There is no weights file '{shown.name}' in '{shown.parent}': {found}.")
 
 
 def _describe_folder(missing: Path) -> str:

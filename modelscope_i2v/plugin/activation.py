@@ -3,7 +3,8 @@
 :func:`activate` runs whenever ``modelscope_i2v`` is imported: by whoever uses it, or, where the package is
 installed, by the start-up hook (``_modelscope_i2v_autoload.py``) as soon as ``modelscope`` is imported. What
 is loaded of ModelScope by then is dealt with at once; for the rest a finder waits on ``sys.meta_path``. It
-imports nothing early, and goes away when its work is done.
+imports nothing early, and goes away when its work is done. The finder that stays is that of
+:mod:`modelscope_i2v.plugin.stock_modules`.
 
 Whatever goes wrong here is logged, and ModelScope goes on as if this package were not there.
 """
@@ -14,6 +15,8 @@ import importlib
 import os
 import sys
 import threading
+
+from modelscope_i2v.plugin import stock_modules
 
 AUTOLOAD_VARIABLE = "MODELSCOPE_I2V_AUTOLOAD"
 HOOK_MODULE = "_modelscope_i2v_autoload"
@@ -72,6 +75,7 @@ class _Activation:
             self._started = True
             self._awaited.update(BUILDERS + TABLES)
             sys.meta_path.insert(0, self)
+            stock_modules.finder.start()
         for name in BUILDERS + TABLES:
             if _is_imported(name):
                 self._loaded(name)

@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Mapping
 
 from modelscope.preprocessors.base import Preprocessor
 from modelscope.preprocessors.builder import PREPROCESSORS
 from torch import Tensor
 
+from ..errors import InvalidInputError
 from ..media.images import open_image
 from ..media.preprocessing import ClipImageTransform, VideoTransform
 from ..media.video import Video, read_video
 from .registration import (
+    IMAGE_TO_VIDEO,
     IMAGE_TO_VIDEO_PREPROCESSOR,
     PREPROCESSOR_GROUP,
+    VIDEO_TO_VIDEO,
     VIDEO_TO_VIDEO_PREPROCESSOR,
     register_class,
 )
 
+#: What stage two's input may hold beside the video.
+PROMPT_KEYS = ("text", "positive_prompt", "negative_prompt", "total_noise_levels")
+
 
 @register_class(PREPROCESSORS, PREPROCESSOR_GROUP, IMAGE_TO_VIDEO_PREPROCESSOR)
 class ImageToVideoPreprocessor(Preprocessor):
-    """An image (path, URL, bytes, PIL image, or BGR array) to stage one's ``vit_frame`` [1, 3, 224, 224]."""
+    """An image (path, URL, bytes, PIL image, or BGR array) to stage one's ``vit_frame`` [1, 3, 224, 224].
+
+    Also takes a dataset's row, a mapping with an entry ``image``.
+    """
 
     def __init__(self, model_dir: str | None = None, *args: Any, transform: Any = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.transform = transform or ClipImageTransform()
 
     def __call__(self, data: Any) -> dict[str, Tensor]:
-        return {"vit_frame": self.transform(open_image(data))[None]}
+        return {"vit_frame": self.transform(open_image(_entry(data, "image", IMAGE_TO_VIDEO)))[None]}
 
 
 @register_class(PREPROCESSORS, PREPROCESSOR_GROUP, VIDEO_TO_VIDEO_PREPROCESSOR)
 class VideoToVideoPreprocessor(Preprocessor):
     """A video (path, URL, bytes, or ``Video``) to stage two's ``video_data`` [F, 3, H, W] in [-1, 1].
 
-    The file's metadata come along as ``source_metadata``.
+    Also takes the pipeline's input, a mapping with an entry ``video_path``. The file's metadata come along as
+    ``source_metadata``, and so do the mapping's entries of :data:`PROMPT_KEYS`.
     """
 
     def __init__(self, model_dir: str | None = None, *args: Any, transform: Any = None, **kwargs: Any):
@@ -43,5 +53,23 @@ class VideoToVideoPreprocessor(Preprocessor):
         self.transform = transform or VideoTransform()
 
     def __call__(self, data: Any) -> dict[str, Any]:
-        video = data if isinstance(data, Video) else read_video(data)
-        return {"video_data": self.transform(video.frames), "source_metadata": video.metadata}
+        source = _entry(data, "video_path", VIDEO_TO_VIDEO)
+        video = source if isinstance(source, Video) else read_video(source)
+        prompts = (
+            {name: data[name] for name in PROMPT_KEYS if name in data} if isinstance(data, Mapping) else {}
+        )
+        return {**prompts, "video_data": self.transform(video.frames), "source_metadata": video.metadata}
+
+
+def _entry(data: Any, key: str, stage: str) -> Any:
+    """Return the entry of a mapping, and anything else as it is.
+
+    Raises:
+        InvalidInputError: for a mapping without the key.
+    """
+    if not isinstance(data, Mapping):
+        return data
+    if key not in data:
+        got = ", ".join(map(str, data)) or "none"
+        raise InvalidInputError(f"{stage}: the input needs the key {key!r}, got {got}")
+    return data[key]

@@ -49,7 +49,13 @@ INDEX_ENTRIES = {
 # because importing the modules that define them would import torch.
 _TASK_INPUTS = {
     IMAGE_TO_VIDEO: "image",
-    VIDEO_TO_VIDEO: {"video_path": "video", "text": "text"},
+    VIDEO_TO_VIDEO: {
+        "video_path": "video",
+        "text": "text",
+        "positive_prompt": "text",
+        "negative_prompt": "text",
+        "total_noise_levels": "number",
+    },
 }
 _TASK_OUTPUTS = {
     IMAGE_TO_VIDEO: ["output_video"],

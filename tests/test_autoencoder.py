@@ -190,4 +190,4 @@ def test_images_that_do_not_fit_are_refused(published, shape):
 def test_widths_that_cannot_be_normalised_are_refused():
     with pytest.raises(ConfigurationError) as refusal:
         AutoencoderConfig(ch=48)
-    assert str(refusal.value) == "auto_encoder: ch must be a multiple of 32, got 48"
+    assert str(refusal.value) == "auto_encoder: ch must be a multiple of num_groups 32, got 48"

@@ -254,10 +254,11 @@ def test_reference_architectures():
         "image_conditioned": True, "row_padding": 1, "in_dim": 4, "dim": 320, "y_dim": 1024,
         "context_dim": 1024, "out_dim": 4, "dim_mult": (1, 2, 4, 4), "num_heads": 8, "head_dim": 64,
         "num_res_blocks": 2, "attn_scales": (1.0, 0.5, 0.25), "num_tokens": 4, "default_fps": 8,
+        "num_groups": 32,
     }  # fmt: skip
     assert dataclasses.asdict(AutoencoderConfig()) == {
         "in_channels": 3, "out_ch": 3, "ch": 128, "ch_mult": (1, 2, 4, 4), "num_res_blocks": 2,
-        "z_channels": 4, "embed_dim": 4,
+        "z_channels": 4, "embed_dim": 4, "num_groups": 32,
     }  # fmt: skip
 
 
@@ -545,7 +546,7 @@ def test_every_setting_of_the_unet_is_read(tmp_path):
     given = {
         "in_dim": 4, "dim": 64, "y_dim": 16, "context_dim": 24, "out_dim": 4, "dim_mult": [1, 2, 3],
         "num_heads": 3, "head_dim": 32, "num_res_blocks": 1, "attn_scales": [1, 0.25], "num_tokens": 7,
-        "default_fps": 12,
+        "default_fps": 12, "num_groups": 16,
     }  # fmt: skip
     folder = written(tmp_path, of_stage(ONE, {}, {**SMALL, "UNet": given}))
     expected = {**given, "dim_mult": (1, 2, 3), "attn_scales": (1.0, 0.25)}
@@ -558,7 +559,10 @@ def test_unet_of_stage_two_keeps_what_is_its_own(tmp_path):
 
 
 def test_every_setting_of_the_autoencoder_is_read(tmp_path):
-    given = {"in_channels": 1, "out_ch": 2, "ch": 64, "ch_mult": [1, 3], "num_res_blocks": 5, "z_channels": 6}
+    given = {
+        "in_channels": 1, "out_ch": 2, "ch": 64, "ch_mult": [1, 3], "num_res_blocks": 5, "z_channels": 6,
+        "num_groups": 8,
+    }  # fmt: skip
     folder = written(tmp_path, of_stage(ONE, {}, {"auto_encoder": {"ddconfig": given, "embed_dim": 4}}))
     expected = AutoencoderConfig(**{**given, "ch_mult": (1, 3)}, embed_dim=4)
     assert load_settings(folder, ONE).autoencoder == expected
@@ -627,8 +631,8 @@ def test_wrong_value_of_a_part_is_named_with_what_is_allowed(tmp_path, section, 
          "UNet: y_dim: got 16, allowed is 32, as the width of the embedder's output is"),
         (TWO, {"UNet": {"y_dim": 24}}, "UNet: y_dim 24 and context_dim 16 must be equal in stage two"),
         (ONE, {"UNet": {"dim": 33}}, "UNet: dim must be even, got 33"),
-        (ONE, {"UNet": {"dim": 48}}, "UNet: dim x dim_mult[0] is 48, and must be a multiple of 32"),
-        (ONE, {"auto_encoder": {"ddconfig": {"ch": 40}}}, "auto_encoder: ch must be a multiple of 32"),
+        (ONE, {"UNet": {"dim": 48}}, "UNet: dim x dim_mult[0] is 48, and must be a multiple of num_groups"),
+        (ONE, {"auto_encoder": {"ddconfig": {"ch": 40}}}, "auto_encoder: ch must be a multiple of num_groups"),
         (ONE, {"auto_encoder": {"ddconfig": {"attn_resolutions": [32]}}},
          "auto_encoder: attn_resolutions: only [] is supported"),
         (ONE, {"embedder": {"arch": "ViT-Q-1", "model_cfg": None}}, "has no architecture 'ViT-Q-1'"),

@@ -564,7 +564,7 @@ def test_frame_rates_that_do_not_fit_are_refused(shape, stage_one):
             "UNet: y_dim 512 and context_dim 1024 must be equal in stage two",
         ),
         ({"dim": 33}, "UNet: dim must be even, got 33"),
-        ({"dim": 80}, "UNet: dim x dim_mult[0] is 80, and must be a multiple of 32"),
+        ({"dim": 80}, "UNet: dim x dim_mult[0] is 80, and must be a multiple of num_groups 32"),
         (
             {"dim": 32, "dim_mult": (2, 1), "head_dim": 64},
             "UNet: dim x dim_mult[1] is 32, and must be a multiple of head_dim 64",

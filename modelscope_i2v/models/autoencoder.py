@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InvalidInputError
 from .attention import sdpa_attention
-from .layers import GROUPS, GroupNorm, GroupNormSiLU, StreamConv, stream_dtype
+from .layers import GroupNorm, GroupNormSiLU, StreamConv, stream_dtype
 
 _EPS = 1e-6  # of every GroupNorm
 
@@ -35,10 +35,13 @@ class AutoencoderConfig:
     num_res_blocks: int = 2
     z_channels: int = 4
     embed_dim: int = 4
+    num_groups: int = 32
 
     def __post_init__(self):
-        if self.ch % GROUPS:
-            raise ConfigurationError(f"auto_encoder: ch must be a multiple of {GROUPS}, got {self.ch}")
+        if self.ch % self.num_groups:
+            raise ConfigurationError(
+                f"auto_encoder: ch must be a multiple of num_groups {self.num_groups}, got {self.ch}"
+            )
 
     @property
     def downscale(self) -> int:
@@ -66,11 +69,11 @@ class DiagonalGaussian:
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, in_width: int, out_width: int):
+    def __init__(self, in_width: int, out_width: int, num_groups: int = 32):
         super().__init__()
-        self.norm1 = GroupNormSiLU(in_width, _EPS)
+        self.norm1 = GroupNormSiLU(in_width, _EPS, num_groups)
         self.conv1 = nn.Conv2d(in_width, out_width, 3, padding=1)
-        self.norm2 = GroupNormSiLU(out_width, _EPS)
+        self.norm2 = GroupNormSiLU(out_width, _EPS, num_groups)
         self.conv2 = nn.Conv2d(out_width, out_width, 3, padding=1)
         if in_width != out_width:
             self.nin_shortcut = StreamConv(in_width, out_width, 1)
@@ -86,9 +89,9 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Single-head self-attention over the positions of each frame, n c h w."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, num_groups: int = 32):
         super().__init__()
-        self.norm = GroupNorm(width, _EPS)
+        self.norm = GroupNorm(width, _EPS, num_groups)
         self.q = nn.Conv2d(width, width, 1)
         self.k = nn.Conv2d(width, width, 1)
         self.v = nn.Conv2d(width, width, 1)
@@ -120,11 +123,11 @@ class Upsample(nn.Module):
 
 
 class MiddleBlock(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, num_groups: int):
         super().__init__()
-        self.block_1 = ResidualBlock(width, width)
-        self.attn_1 = AttentionBlock(width)
-        self.block_2 = ResidualBlock(width, width)
+        self.block_1 = ResidualBlock(width, width, num_groups)
+        self.attn_1 = AttentionBlock(width, num_groups)
+        self.block_2 = ResidualBlock(width, width, num_groups)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -133,10 +136,10 @@ class MiddleBlock(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution; the encoder and decoder attach its down- or upsampling."""
 
-    def __init__(self, in_width: int, out_width: int, blocks: int):
+    def __init__(self, in_width: int, out_width: int, blocks: int, num_groups: int):
         super().__init__()
         widths = [in_width] + [out_width] * blocks
-        self.block = nn.ModuleList([ResidualBlock(a, b) for a, b in zip(widths, widths[1:])])
+        self.block = nn.ModuleList([ResidualBlock(a, b, num_groups) for a, b in zip(widths, widths[1:])])
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -153,11 +156,11 @@ class Encoder(nn.Module):
         self.conv_in = StreamConv(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
         for in_width, out_width in zip([config.ch] + widths, widths):
-            self.down.append(Level(in_width, out_width, config.num_res_blocks))
+            self.down.append(Level(in_width, out_width, config.num_res_blocks, config.num_groups))
         for level in self.down[:-1]:
             level.downsample = Downsample(level.block[-1].conv2.out_channels)
-        self.mid = MiddleBlock(widths[-1])
-        self.norm_out = GroupNormSiLU(widths[-1], _EPS)
+        self.mid = MiddleBlock(widths[-1], config.num_groups)
+        self.norm_out = GroupNormSiLU(widths[-1], _EPS, config.num_groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -175,13 +178,14 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.ch * multiple for multiple in config.ch_mult]
         self.conv_in = StreamConv(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = MiddleBlock(widths[-1])
+        self.mid = MiddleBlock(widths[-1], config.num_groups)
         self.up = nn.ModuleList()  # numbered from the finest level, run from the coarsest
         for in_width, out_width in zip(widths[1:] + widths[-1:], widths):
-            self.up.append(Level(in_width, out_width, config.num_res_blocks + 1))
+            level = Level(in_width, out_width, config.num_res_blocks + 1, config.num_groups)
+            self.up.append(level)
         for level in self.up[1:]:
             level.upsample = Upsample(level.block[-1].conv2.out_channels)
-        self.norm_out = GroupNormSiLU(widths[0], _EPS)
+        self.norm_out = GroupNormSiLU(widths[0], _EPS, config.num_groups)
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -203,6 +207,11 @@ class Autoencoder(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' type, and so that of what is computed."""
+        return self.decoder.norm_out.weight.dtype  # a norm's, which no adapter replaces
+
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """The posterior of images [N, 3, H, W] in [-1, 1], H and W multiples of 8."""
         multiple, channels = self.config.downscale, self.config.in_channels
@@ -211,13 +220,12 @@ class Autoencoder(nn.Module):
                 f"autoencoder: images must be [N, {channels}, H, W] with H and W multiples of {multiple}, "
                 f"got {list(x.shape)}"
             )
-        x = x.to(stream_dtype(self.quant_conv.weight.dtype), memory_format=torch.channels_last)
+        x = x.to(stream_dtype(self.dtype), memory_format=torch.channels_last)
         moments = self.quant_conv(self.encoder(x))
         mean, logvar = moments.chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
 
     def decode(self, z: Tensor) -> Tensor:
         """Images [N, 3, 8 h, 8 w], about [-1, 1], of latents [N, z, h, w]."""
-        dtype = self.post_quant_conv.weight.dtype
-        z = self.post_quant_conv(z.to(dtype, memory_format=torch.channels_last))
-        return self.decoder(z.to(stream_dtype(dtype)))
+        z = self.post_quant_conv(z.to(self.dtype, memory_format=torch.channels_last))
+        return self.decoder(z.to(stream_dtype(self.dtype)))

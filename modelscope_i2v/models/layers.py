@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GROUPS = 32  # of every GroupNorm
-
 
 def stream_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the residual stream of a network whose parameters are of a type."""
+    """Return the residual stream's type in a network whose parameters have ``dtype``."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
@@ -38,18 +36,29 @@ class LayerNorm(nn.LayerNorm):
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm of 32 groups, n c h w in and out, by whatever computes it best where x is.
+    """GroupNorm, n c h w in and out, in x's memory layout and the parameters' type.
 
-    It gives the parameters' type.
+    It is computed by whatever is the fastest where x is.
     """
 
     silu = False
 
-    def __init__(self, width: int, eps: float = 1e-5):
-        super().__init__(GROUPS, width, eps=eps)
+    def __init__(self, width: int, eps: float = 1e-5, num_groups: int = 32):
+        super().__init__(num_groups, width, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return group_norm(x, self, self.silu)
+        if x.is_cuda:
+            from . import triton_group_norm as fused  # optional, and of no use elsewhere
+
+            if fused.supports(x):
+                return fused.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.silu)
+        channels_first = _slow_in_channels_last(x, self.num_groups)
+        y = x.contiguous() if channels_first else x
+        y = F.group_norm(y, self.num_groups, self.weight.to(y.dtype), self.bias.to(y.dtype), self.eps)
+        if self.silu:
+            y = F.silu(y, inplace=not torch.is_grad_enabled())
+        y = y.to(self.weight.dtype)
+        return y.contiguous(memory_format=torch.channels_last) if channels_first else y
 
 
 class GroupNormSiLU(GroupNorm):
@@ -58,27 +67,13 @@ class GroupNormSiLU(GroupNorm):
     silu = True
 
 
-def group_norm(x: Tensor, norm: nn.GroupNorm, silu: bool) -> Tensor:
-    """A norm of x [N, C, h, w], then SiLU if wanted, in x's memory layout and the norm's type."""
-    if x.is_cuda:
-        from . import triton_group_norm as fused  # optional, and of no use elsewhere
-
-        if fused.supports(x):
-            return fused.group_norm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu)
-    apart = _slow_in_channels_last(x, norm)
-    y = x.contiguous() if apart else x
-    y = F.group_norm(y, norm.num_groups, norm.weight.to(y.dtype), norm.bias.to(y.dtype), norm.eps)
-    y = (F.silu(y, inplace=True) if silu else y).to(norm.weight.dtype)
-    return y.contiguous(memory_format=torch.channels_last) if apart else y
-
-
-def _slow_in_channels_last(x: Tensor, norm: nn.GroupNorm) -> bool:
-    """Whether torch takes longer than with the channels apart, the copies there and back included.
+def _slow_in_channels_last(x: Tensor, num_groups: int) -> bool:
+    """Whether torch takes longer than in channels-first memory, the copies there and back included.
 
     On a CPU its kernel for fewer than 1024 positions goes over the channels of one group at a time. In half
     precision they fill no vector register where they are few: up to eight times slower, as measured.
     """
-    narrow = x.shape[1] < 32 * norm.num_groups
+    narrow = x.shape[1] < 32 * num_groups
     small = x.shape[0] > 1 and x.shape[2] * x.shape[3] < 1024
     return x.device.type == "cpu" and x.element_size() == 2 and narrow and small
 
@@ -95,6 +90,16 @@ class TemporalConv(nn.Conv3d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight.squeeze(-1), self.bias, padding=(1, 0))
+
+
+class PointwiseConv(nn.Conv1d):
+    """A convolution of width 1 over tokens [.., C]: computed as the linear map that it is, without copies."""
+
+    def __init__(self, in_width: int, out_width: int):
+        super().__init__(in_width, out_width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.squeeze(-1), self.bias)
 
 
 def in_channels_last(weight: Tensor) -> Tensor:

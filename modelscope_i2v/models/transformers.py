@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .attention import AttentionFunction
 from .conditioning import Conditioning, KeysValues
-from .layers import GroupNorm, LayerNorm
+from .layers import GroupNorm, LayerNorm, PointwiseConv
 
 #: The largest tensor inside a transformer, GEGLU's projection, has this many times its input's elements.
 EXPANSION = 8
@@ -41,7 +41,7 @@ class Attention(nn.Module):
         k, v = self.keys_values(x) if context is None else context
         # One context serves all frames of a video: (b f) n -> b (f n) puts their queries side by side.
         attended = self._attend(q.reshape(k.shape[0], -1, *q.shape[2:]), k, v)
-        return self.to_out(attended.reshape(x.shape[0], -1, self.to_q.out_features))
+        return self.to_out(attended.reshape(q.shape).flatten(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.attend(q, k, v)
@@ -119,9 +119,11 @@ class TransformerBlock(nn.Module):
 class SpatialTransformer(nn.Module):
     """A transformer over the pixels of each frame, attending to the context. (b f) c h w in and out."""
 
-    def __init__(self, width: int, heads: int, context_dim: int, attend: AttentionFunction):
+    def __init__(
+        self, width: int, heads: int, context_dim: int, attend: AttentionFunction, num_groups: int = 32
+    ):
         super().__init__()
-        self.norm = GroupNorm(width, eps=1e-6)
+        self.norm = GroupNorm(width, 1e-6, num_groups)
         self.proj_in = nn.Linear(width, width)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, attend, context_dim)])
         self.proj_out = nn.Linear(width, width)
@@ -156,42 +158,39 @@ class SpatialTransformer(nn.Module):
 
     def _attend_context(self, x: Tensor, tokens: Tensor, context: KeysValues) -> Tensor:
         tokens = self.transformer_blocks[0].attend_context(tokens, context)
-        tokens = self.proj_out(tokens.to(self.proj_out.weight.dtype))
+        tokens = self.proj_out(tokens.to(self.norm.weight.dtype))
         return x + rearrange(tokens, "n (h w) c -> n c h w", h=x.shape[2])
 
 
 class TemporalTransformer(nn.Module):
     """A transformer over the frames of each pixel. (b f) c h w in and out."""
 
-    def __init__(self, width: int, heads: int, head_dim: int, attend: AttentionFunction):
+    def __init__(
+        self, width: int, heads: int, head_dim: int, attend: AttentionFunction, num_groups: int = 32
+    ):
         super().__init__()
         inner = heads * head_dim
         self.expansion = -(-EXPANSION * inner // width)
         # Its GroupNorm, like those of the temporal convolutions, takes its statistics over f, h and w.
-        self.norm = GroupNorm(width, eps=1e-6)
-        self.proj_in = nn.Conv1d(width, inner, 1)
+        self.norm = GroupNorm(width, 1e-6, num_groups)
+        self.proj_in = PointwiseConv(width, inner)
         block = TransformerBlock(inner, heads, attend, attention=AttentionOverFrames)
         self.transformer_blocks = nn.ModuleList([block])
-        self.proj_out = nn.Conv1d(inner, width, 1)
+        self.proj_out = PointwiseConv(inner, width)
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         frames = conditioning.frames
         normed = self.norm(rearrange(x, "(b f) c h w -> b c f (h w)", f=frames))
-        result = torch.empty_like(x)
-        videos = (
-            rearrange(x, "(b f) c h w -> b f (h w) c", f=frames),
-            rearrange(normed, "b c f p -> b f p c"),
-            rearrange(result, "(b f) c h w -> b f (h w) c", f=frames),
-        )
-        for video, normed_video, result_video in zip(*videos):
-            for pixels in conditioning.pixel_groups(video, self.expansion):
-                tokens = self._attend(normed_video[:, pixels], x.dtype)
-                result_video[:, pixels] = video[:, pixels] + tokens
-        return result
+        normed = rearrange(normed, "b c f p -> b f p c")
+        video = rearrange(x, "(b f) c h w -> b f (h w) c", f=frames)
+        result = torch.empty_like(video)
+        for sample in range(len(video)):
+            for pixels in conditioning.pixel_groups(video[sample], self.expansion):
+                tokens = self._attend(normed[sample, :, pixels], x.dtype)
+                result[sample, :, pixels] = video[sample, :, pixels] + tokens
+        return rearrange(result, "b f (h w) c -> (b f) c h w", h=x.shape[2])
 
     def _attend(self, tokens: Tensor, stream: torch.dtype) -> Tensor:
-        """Of some pixels' frames, f p c."""
-        # A convolution of width 1 is a linear map: applied as one, it needs no transposed copies.
-        tokens = F.linear(tokens, self.proj_in.weight.squeeze(-1), self.proj_in.bias)
-        tokens = self.transformer_blocks[0](tokens.to(stream)).to(tokens.dtype)
-        return F.linear(tokens, self.proj_out.weight.squeeze(-1), self.proj_out.bias)
+        """Return what some pixels' frames, f p c, are changed by."""
+        tokens = self.proj_in(tokens)
+        return self.proj_out(self.transformer_blocks[0](tokens.to(stream)).to(tokens.dtype))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import ConfigurationError, InvalidInputError
 from .attention import AttentionFunction, sdpa_attention
 from .conditioning import Conditioning, Context
-from .layers import GROUPS, GroupNormSiLU, StreamConv, TemporalConv, stream_dtype
+from .layers import GroupNormSiLU, StreamConv, TemporalConv, stream_dtype
 from .transformers import SpatialTransformer, TemporalTransformer
 
 
@@ -47,6 +47,7 @@ class UNetConfig:
     attn_scales: tuple[float, ...] = (1.0, 0.5, 0.25)
     num_tokens: int = 4
     default_fps: int = 8
+    num_groups: int = 32
 
     def __post_init__(self):
         if not self.image_conditioned and self.y_dim != self.context_dim:
@@ -57,9 +58,10 @@ class UNetConfig:
             raise ConfigurationError(f"UNet: dim must be even, got {self.dim}")
         for level, multiple in enumerate(self.dim_mult):
             width = self.dim * multiple
-            if width % GROUPS:
+            if width % self.num_groups:
                 raise ConfigurationError(
-                    f"UNet: dim x dim_mult[{level}] is {width}, and must be a multiple of {GROUPS}"
+                    f"UNet: dim x dim_mult[{level}] is {width}, and must be a multiple of "
+                    f"num_groups {self.num_groups}"
                 )
             attends = 0.5**level in self.attn_scales or level == len(self.dim_mult) - 1  # as the middle does
             if attends and width % self.head_dim:
@@ -85,9 +87,12 @@ class LayerList(nn.ModuleList):
         return x
 
 
-class InputConv(StreamConv):
+class FirstBlock(nn.ModuleList):
+    """A convolution of the latent, and a transformer over its frames. (b f) c h w in and out."""
+
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        return super().forward(x)
+        conv, transformer = self
+        return transformer(conv(x), conditioning)
 
 
 class Downsample(nn.Module):
@@ -117,17 +122,18 @@ class Upsample(nn.Module):
 class TemporalConvolution(nn.Module):
     """x + four of (GroupNorm, SiLU, convolution over 3 frames). (b f) c h w in and out."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, num_groups: int = 32):
         super().__init__()
-        self.conv1 = self._layers(width)
+        self.conv1 = self._layers(width, num_groups)
         # The others had a dropout between, which leaves a gap in their parameters' numbers.
-        self.conv2 = self._layers(width, nn.Identity())
-        self.conv3 = self._layers(width, nn.Identity())
-        self.conv4 = self._layers(width, nn.Identity())
+        self.conv2 = self._layers(width, num_groups, nn.Identity())
+        self.conv3 = self._layers(width, num_groups, nn.Identity())
+        self.conv4 = self._layers(width, num_groups, nn.Identity())
 
     @staticmethod
-    def _layers(width: int, *gap: nn.Module) -> nn.Sequential:
-        return nn.Sequential(GroupNormSiLU(width), nn.Identity(), *gap, TemporalConv(width))
+    def _layers(width: int, num_groups: int, *gap: nn.Module) -> nn.Sequential:
+        norm = GroupNormSiLU(width, num_groups=num_groups)
+        return nn.Sequential(norm, nn.Identity(), *gap, TemporalConv(width))
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
         video = rearrange(x, "(b f) c h w -> b c f (h w)", f=frames)
@@ -138,21 +144,25 @@ class TemporalConvolution(nn.Module):
 class ResidualBlock(nn.Module):
     """Two convolutions a frame with the embedding between, then the temporal convolutions."""
 
-    def __init__(self, in_width: int, embedding_dim: int, out_width: int):
+    def __init__(self, in_width: int, embedding_dim: int, out_width: int, num_groups: int = 32):
         super().__init__()
         self.in_layers = nn.Sequential(
-            GroupNormSiLU(in_width), nn.Identity(), nn.Conv2d(in_width, out_width, 3, padding=1)
+            GroupNormSiLU(in_width, num_groups=num_groups),
+            nn.Identity(),
+            nn.Conv2d(in_width, out_width, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, out_width))
         self.out_layers = nn.Sequential(
-            GroupNormSiLU(out_width),
+            GroupNormSiLU(out_width, num_groups=num_groups),
             nn.Identity(),
             nn.Identity(),  # a dropout's place
             nn.Conv2d(out_width, out_width, 3, padding=1),
         )
         same = in_width == out_width
         self.skip_connection = nn.Identity() if same else StreamConv(in_width, out_width, 1)
-        self.temopral_conv = TemporalConvolution(out_width)  # spelt so in the published checkpoints
+        self.temopral_conv = TemporalConvolution(
+            out_width, num_groups
+        )  # spelt so in the published checkpoints
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         embedding = self.emb_layers(conditioning.embedding).to(x.dtype)
@@ -212,9 +222,9 @@ class UNet(nn.Module):
 
         widths = [config.dim * multiple for multiple in config.dim_mult]
         width = config.dim
-        first = InputConv(config.in_dim, width, 3, padding=1)
-        mixing = TemporalTransformer(width, config.num_heads, config.head_dim, attend)
-        self.input_blocks = nn.ModuleList([LayerList([first, mixing])])
+        first = StreamConv(config.in_dim, width, 3, padding=1)
+        mixing = TemporalTransformer(width, config.num_heads, config.head_dim, attend, config.num_groups)
+        self.input_blocks = nn.ModuleList([FirstBlock([first, mixing])])
         skips = [width]
         for level, level_width in enumerate(widths):
             for _ in range(config.num_res_blocks):
@@ -225,7 +235,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(Downsample(width, config.row_padding))
                 skips.append(width)
 
-        first, last = (ResidualBlock(width, 4 * config.dim, width) for _ in range(2))
+        first, last = (self._residual_block(width, width) for _ in range(2))
         self.middle_block = LayerList([first, *self._transformers(width, attend), last])
 
         self.output_blocks = nn.ModuleList()
@@ -237,21 +247,26 @@ class UNet(nn.Module):
                 self.output_blocks[-1].append(Upsample(width, config.row_padding))
 
         self.out = nn.Sequential(
-            GroupNormSiLU(width), nn.Identity(), nn.Conv2d(width, config.out_dim, 3, padding=1)
+            GroupNormSiLU(width, num_groups=config.num_groups),
+            nn.Identity(),
+            nn.Conv2d(width, config.out_dim, 3, padding=1),
         )
+
+    def _residual_block(self, in_width: int, out_width: int) -> ResidualBlock:
+        return ResidualBlock(in_width, 4 * self.config.dim, out_width, self.config.num_groups)
 
     def _transformers(self, width: int, attend: AttentionFunction) -> list[nn.Module]:
         config, heads = self.config, width // self.config.head_dim
         return [
-            SpatialTransformer(width, heads, config.context_dim, attend),
-            TemporalTransformer(width, heads, config.head_dim, attend),
+            SpatialTransformer(width, heads, config.context_dim, attend, config.num_groups),
+            TemporalTransformer(width, heads, config.head_dim, attend, config.num_groups),
         ]
 
     def _level_block(self, level: int, in_width: int, attend: AttentionFunction) -> LayerList:
         """A residual block to the level's width, and the transformers where the level has them."""
         config = self.config
         width = config.dim * config.dim_mult[level]
-        block = LayerList([ResidualBlock(in_width, 4 * config.dim, width)])
+        block = LayerList([self._residual_block(in_width, width)])
         if 0.5**level in config.attn_scales:
             block.extend(self._transformers(width, attend))
         return block
@@ -338,8 +353,8 @@ class UNet(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the parameters, and so of what is computed."""
-        return self.out[2].weight.dtype
+        """The parameters' type, and so that of what is computed."""
+        return self.out[0].weight.dtype  # a norm's, which no adapter replaces
 
     @property
     def _downward(self) -> list[nn.Module]:

@@ -95,7 +95,7 @@ _UNET_RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "in_dim", "dim", "y_dim", "context_dim", "out_dim", "num_heads", "head_dim", "num_res_blocks",
-            "num_tokens", "default_fps",
+            "num_tokens", "default_fps", "num_groups",
         ),
         _POSITIVE,
     ),
@@ -103,7 +103,9 @@ _UNET_RULES: dict[str, Rule] = {
     "attn_scales": list_of(number(0, 1)),
 }  # fmt: skip
 _AUTOENCODER_RULES: dict[str, Rule] = {
-    **dict.fromkeys(("in_channels", "out_ch", "ch", "num_res_blocks", "z_channels", "embed_dim"), _POSITIVE),
+    **dict.fromkeys(
+        ("in_channels", "out_ch", "ch", "num_res_blocks", "z_channels", "embed_dim", "num_groups"), _POSITIVE
+    ),
     "ch_mult": list_of(_POSITIVE),
 }
 _EMBEDDER_RULES: dict[str, Rule] = {

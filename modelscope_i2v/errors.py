@@ -46,6 +46,10 @@ class NotEnoughMemoryError(I2VError, MemoryError):
     """A generation that does not fit into memory, however little is computed at a time."""
 
 
+class Interrupted(I2VError, RuntimeError):
+    """A generation that its caller cancelled."""
+
+
 def redact(text: str) -> str:
     """Return ``text`` without the credentials, the query and the fragment of a URL in it.
 

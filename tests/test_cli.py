@@ -221,7 +221,7 @@ def nothing_is_loaded(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("modelscope_i2v.plugin.models.load_weights", load)
+    monkeypatch.setattr("modelscope_i2v.engine.stage.load_weights", load)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from conftest import relative_error
 from tiny_networks import normal
 
-from modelscope_i2v.engine.latents import decode_video, draw_noise, encode_video, latent_size
+from modelscope_i2v.engine.latents import (
+    decode_latents,
+    draw_noise,
+    encode_frames,
+    latent_size,
+    sample_latents,
+)
 from modelscope_i2v.models.autoencoder import Autoencoder, AutoencoderConfig
 from modelscope_i2v.models.unet import UNetConfig
 from modelscope_i2v.weights.small_model import random_state_dict
@@ -52,7 +58,7 @@ def test_latents_cover_the_video_and_no_more_than_needed(unet, size):
 
 def encoded(autoencoder, frames, size, latent, noise=None):
     noise = torch.zeros(len(frames), 4, *latent) if noise is None else noise
-    return encode_video(autoencoder, frames, size, latent, noise)
+    return sample_latents(encode_frames(autoencoder, frames, size, latent), noise)
 
 
 def test_encoding_is_the_scaled_posterior_of_each_frame(autoencoder):
@@ -117,7 +123,7 @@ def test_enlarging_interpolates_between_pixel_centres(autoencoder):
 def test_decoding_crops_to_the_size(autoencoder, size):
     latents = normal(1, 4, 2, 4, 6)
     width, height = size
-    video = decode_video(autoencoder, latents, size, 8)
+    video = decode_latents(autoencoder, latents, size, 8)
     assert video.shape == (1, 3, 2, height, width)
     assert video.dtype == torch.float32
     for frame in range(2):
@@ -128,8 +134,8 @@ def test_decoding_crops_to_the_size(autoencoder, size):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 100])
 def test_chunks_change_nothing(autoencoder, chunk):
     latents = normal(2, 4, 5, 3, 4)
-    expected = decode_video(autoencoder, latents, (16, 12), 10)
-    assert relative_error(decode_video(autoencoder, latents, (16, 12), chunk), expected) < 1e-5
+    expected = decode_latents(autoencoder, latents, (16, 12), 10)
+    assert relative_error(decode_latents(autoencoder, latents, (16, 12), chunk), expected) < 1e-5
 
 
 @pytest.mark.parametrize("chunk, calls", [(1, 10), (2, 5), (4, 3), (100, 1)])
@@ -141,7 +147,7 @@ def test_no_more_frames_than_a_chunk_are_decoded_at_a_time(autoencoder, monkeypa
         return decode(z)
 
     monkeypatch.setattr(autoencoder, "decode", recorded)
-    decode_video(autoencoder, normal(2, 4, 5, 2, 2), (8, 8), chunk)
+    decode_latents(autoencoder, normal(2, 4, 5, 2, 2), (8, 8), chunk)
     assert len(sizes) == calls
     assert max(sizes) <= chunk
     assert sum(sizes) == 10
@@ -149,9 +155,9 @@ def test_no_more_frames_than_a_chunk_are_decoded_at_a_time(autoencoder, monkeypa
 
 def test_videos_of_a_batch_stay_apart(autoencoder):
     latents = normal(2, 4, 3, 4, 6)
-    together = decode_video(autoencoder, latents, (24, 16), 4)
+    together = decode_latents(autoencoder, latents, (24, 16), 4)
     for index in range(2):
-        alone = decode_video(autoencoder, latents[index : index + 1], (24, 16), 4)
+        alone = decode_latents(autoencoder, latents[index : index + 1], (24, 16), 4)
         assert relative_error(together[index], alone[0]) < 1e-5
 
 
@@ -159,7 +165,7 @@ def test_videos_of_a_batch_stay_apart(autoencoder):
 def test_a_video_keeps_its_size_on_the_way_through(autoencoder, size):
     latents = encoded(autoencoder, normal(2, 3, 20, 30), size, (4, 6))
     width, height = size
-    assert decode_video(autoencoder, latents, size, 2).shape == (1, 3, 2, height, width)
+    assert decode_latents(autoencoder, latents, size, 2).shape == (1, 3, 2, height, width)
 
 
 def test_half_precision_gives_float32_latents_and_videos():
@@ -168,7 +174,7 @@ def test_half_precision_gives_float32_latents_and_videos():
     model.bfloat16()
     latents = encoded(model, normal(1, 3, 16, 24), (24, 16), (4, 6))
     assert latents.dtype == torch.float32
-    assert decode_video(model, latents, (24, 16), 1).dtype == torch.float32
+    assert decode_latents(model, latents, (24, 16), 1).dtype == torch.float32
 
 
 # Draws

@@ -10,7 +10,7 @@ from conftest import relative_error
 from pretended_gpu import GPU, pretended_gpu
 from stage_pipelines import STAGES, built, video_of
 
-from modelscope_i2v.engine.memory.residency import device_of
+from modelscope_i2v.engine.devices import device_of
 from modelscope_i2v.media.video import read_video
 from modelscope_i2v.models import triton_group_norm
 
@@ -91,6 +91,6 @@ def test_in_low_memory_mode_one_network_at_a_time_is_there(stage, small_model, i
             network.register_forward_pre_hook(note)
         frames_of(pipe, inputs[stage])
         assert [device_of(each).type for each in networks(pipe)] == ["cpu"] * 3
-    assert pipe.model.low_memory and "low-memory mode" in caplog.text
+    assert pipe.model.stage.low_memory and "low-memory mode" in caplog.text
     assert [False, True, False] in seen and [False, False, True] in seen
     assert all(sum(each) == 1 for each in seen)

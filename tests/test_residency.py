@@ -7,7 +7,8 @@ import torch
 from modelscope.pipelines import pipeline
 from torch import nn
 
-from modelscope_i2v.engine.memory.residency import at_work, choose_low_memory, device_of
+from modelscope_i2v.engine.devices import device_of, placed_on
+from modelscope_i2v.engine.memory.estimate import choose_low_memory
 from modelscope_i2v.settings.configuration import ImageToVideoSettings
 
 
@@ -25,7 +26,7 @@ class Traveller(nn.Linear):
 
 def test_in_low_memory_mode_a_network_is_on_the_device_only_for_its_turn():
     network, device = Traveller(), torch.device("meta")
-    with at_work(network, device, low_memory=True) as where:
+    with placed_on(network, device, low_memory=True) as where:
         assert where == device
         assert network.visited == [device]
     assert network.visited == [device, torch.device("cpu")]
@@ -33,14 +34,14 @@ def test_in_low_memory_mode_a_network_is_on_the_device_only_for_its_turn():
 
 def test_a_network_goes_home_after_a_failure_too():
     network = Traveller()
-    with pytest.raises(KeyboardInterrupt), at_work(network, torch.device("meta"), low_memory=True):
+    with pytest.raises(KeyboardInterrupt), placed_on(network, torch.device("meta"), low_memory=True):
         raise KeyboardInterrupt
     assert network.visited[-1] == torch.device("cpu")
 
 
 def test_otherwise_a_network_works_where_its_owner_put_it():
     network = Traveller()
-    with at_work(network, torch.device("meta"), low_memory=False) as where:
+    with placed_on(network, torch.device("meta"), low_memory=False) as where:
         assert where == torch.device("cpu") == device_of(network)
     assert network.visited == []
 
@@ -57,7 +58,7 @@ def test_it_changes_nothing_in_the_video(small_model, picture):
         pipeline("image-to-video", model=str(small_model[0]), device="cpu", low_memory=low_memory)
         for low_memory in (False, True)
     )
-    assert saving.model.low_memory
+    assert saving.model.stage.low_memory
     frames, saved = (pipe.generate(str(picture)).frames.astype(int) for pipe in (plain, saving))
     assert abs(frames - saved).max() <= 1  # decoded frame by frame, it is rounded otherwise
 

@@ -81,7 +81,7 @@ def test_the_same_autoencoder_is_held_once(both, small_model, tmp_path):
     other = pipeline("video-to-video", model=str(small_model[1]), device="cpu").model
     other.autoencoder.decoder.conv_out.bias += 1
     kept = other.autoencoder
-    other.share_autoencoder(first)
+    other.stage.share_autoencoder(first.stage)
     assert other.autoencoder is kept
 
 

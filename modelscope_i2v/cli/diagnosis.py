@@ -84,7 +84,7 @@ def _plugin() -> Iterator[Finding]:
 def _device() -> Iterator[Finding]:
     import torch
 
-    from ..engine.memory.residency import choose_low_memory
+    from ..engine.memory.estimate import choose_low_memory
     from ..engine.precision import precision_name, select_dtype
     from ..models.attention import select_attention
     from ..settings.configuration import ImageToVideoSettings, VideoToVideoSettings

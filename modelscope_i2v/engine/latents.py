@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Iterable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..models.autoencoder import SCALE_FACTOR, Autoencoder
+from ..media.preprocessing import to_frames
+from ..models.autoencoder import SCALE_FACTOR, Autoencoder, DiagonalGaussian
 from ..models.unet import UNetConfig
 from .memory.out_of_memory import with_less_at_a_time
 
-#: Of frames decoded at a time, when memory runs out.
+#: Fewer frames to decode at a time, when memory runs out.
 _HALVES = [2**power for power in range(11, -1, -1)]
 
 
 def latent_size(size: tuple[int, int], unet: UNetConfig, scale: int) -> tuple[int, int]:
-    """(height, width) of the latent for a video of ``size`` (width, height) pixels.
+    """Return (height, width) of the latent for a video of ``size`` (width, height) pixels.
 
     It is the smallest that covers the video and that the UNet takes as it is: the surplus is generated
     with the rest, as in-frame content, and cropped off the decoded frames.
@@ -25,55 +28,73 @@ def latent_size(size: tuple[int, int], unet: UNetConfig, scale: int) -> tuple[in
     return unet.padded_size(height, width)
 
 
-def encode_video(
-    autoencoder: Autoencoder, frames: Tensor, size: tuple[int, int], latent: tuple[int, int], noise: Tensor
-) -> Tensor:
-    """The latent [1, z, F, h, w] of frames, resized and, where the latent covers more, padded by their edges.
+def encode_frames(
+    autoencoder: Autoencoder, frames: Iterable[Tensor], size: tuple[int, int], latent: tuple[int, int]
+) -> DiagonalGaussian:
+    """Return the posterior [F, z, h, w] of frames, taken one by one: only latents are kept.
 
     Args:
-        frames: [F, 3, H, W] in [-1, 1], of any size.
+        frames: [3, H, W] each, in [-1, 1], of any size.
         size: (width, height) in pixels to resize them to, bilinearly.
-        latent: (h, w) of the result.
-        noise: the posterior's, [F, z, h, w].
+        latent: (h, w) of the result. Where it covers more than ``size``, the frames' edges are repeated.
     """
-    weight = autoencoder.quant_conv.weight
+    device = autoencoder.quant_conv.weight.device
     (width, height), scale = size, autoencoder.config.downscale
     right, bottom = latent[1] * scale - width, latent[0] * scale - height
-    encoded = []
-    # One frame at a time: at 720p it already fills the device.
-    for frame, frame_noise in zip(frames.split(1), noise.split(1)):
-        frame = F.interpolate(frame.to(weight.device), size=(height, width), mode="bilinear")
+    means, logvars = [], []
+    for frame in frames:
+        frame = F.interpolate(frame[None].to(device), size=(height, width), mode="bilinear")
         frame = F.pad(frame, (0, right, 0, bottom), mode="replicate")
-        encoded.append(autoencoder.encode(frame).sample(frame_noise).float())
-    return SCALE_FACTOR * rearrange(torch.cat(encoded), "f z h w -> 1 z f h w")
+        posterior = autoencoder.encode(frame)
+        means.append(posterior.mean)
+        logvars.append(posterior.logvar)
+    return DiagonalGaussian(torch.cat(means), torch.cat(logvars))
 
 
-def decode_video(autoencoder: Autoencoder, latents: Tensor, size: tuple[int, int], chunk: int) -> Tensor:
-    """The video [B, 3, F, H, W] of latents [B, z, F, h, w], float32 on the CPU, about [-1, 1].
+def sample_latents(posterior: DiagonalGaussian, noise: Tensor) -> Tensor:
+    """Return scaled latents [1, z, F, h, w], float32, of a posterior and normal noise [F, z, h, w]."""
+    return SCALE_FACTOR * rearrange(posterior.sample(noise).float(), "f z h w -> 1 z f h w")
+
+
+def decode_latents(
+    autoencoder: Autoencoder,
+    latents: Tensor,
+    size: tuple[int, int],
+    frames_at_a_time: int,
+    to_uint8: bool = False,
+) -> Tensor:
+    """Return the videos of scaled latents [B, z, F, h, w], on the CPU.
 
     Args:
         size: (width, height) in pixels to which the decoded frames are cropped.
-        chunk: frames decoded at a time; fewer, if they do not fit into memory.
+        frames_at_a_time: how many to decode together; fewer, if they do not fit into memory.
+        to_uint8: whether the result is pictures, [B, F, H, W, 3] uint8, or what the autoencoder gives,
+            [B, 3, F, H, W] float32 in about [-1, 1].
 
     Raises:
-        OutOfMemory: if not even one does.
+        OutOfMemory: if not even one frame fits.
     """
     width, height = size
     frames = rearrange(latents / SCALE_FACTOR, "b z f h w -> (b f) z h w")
-    video = torch.empty(len(frames), autoencoder.config.out_ch, height, width)
+    if to_uint8:
+        video = torch.empty(len(frames), height, width, autoencoder.config.out_ch, dtype=torch.uint8)
+    else:
+        video = torch.empty(len(frames), autoencoder.config.out_ch, height, width)
 
     def decode(count: int) -> None:
         for start in range(0, len(frames), count):
             part = slice(start, start + count)
-            video[part] = autoencoder.decode(frames[part])[..., :height, :width].float()
+            decoded = autoencoder.decode(frames[part])[..., :height, :width].float().cpu()
+            video[part] = torch.from_numpy(to_frames(decoded.transpose(0, 1))) if to_uint8 else decoded
 
-    counts = [chunk, *(count for count in _HALVES if count < chunk)]
+    counts = [frames_at_a_time, *(count for count in _HALVES if count < frames_at_a_time)]
     with_less_at_a_time(decode, counts, "decoding {} frames at a time", latents.device)
-    return rearrange(video, "(b f) c h w -> b c f h w", b=latents.shape[0])
+    pattern = "(b f) h w c -> b f h w c" if to_uint8 else "(b f) c h w -> b c f h w"
+    return rearrange(video, pattern, b=latents.shape[0])
 
 
 def draw_noise(generator: torch.Generator, shape: tuple[int, ...], offset_strength: float = 0.0) -> Tensor:
-    """Normal noise [1, z, F, h, w] from a CPU generator, so that every device computes the same video.
+    """Draw normal noise [1, z, F, h, w] from a CPU generator, so that every device computes the same video.
 
     ``offset_strength`` adds that much of a second draw, which is the same for all positions of a frame's
     channel (https://www.crosslabs.org/blog/diffusion-with-offset-noise).

@@ -1,53 +1,73 @@
-"""What a user sees of a generation: a bar a stage, and the seconds of each phase."""
+"""What a user sees of a generation: a bar, the seconds of each phase, and a callback after each step."""
 
 from __future__ import annotations
 
 import time
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from ..settings.request import Request, StepCallback
+from ..errors import Interrupted
+
+#: Called after each step with (step, timestep or noise level, latents [B, 4, F, h, w]).
+StepCallback = Callable[[int, float, Tensor], None]
 
 
-class PhaseClock:
-    """Seconds spent in each phase of one generation, in order."""
+class Progress:
+    """The progress of one generation.
 
-    def __init__(self):
+    Args:
+        callback: called after each step; it ends the generation by raising StopIteration.
+        bar: whether to show a bar on stderr; by default on a terminal and in a notebook.
+
+    Attributes:
+        seconds: by phase, in the order of their beginning; phases inside a phase count for themselves.
+    """
+
+    def __init__(self, callback: StepCallback | None = None, bar: bool | None = None):
+        self.callback, self.bar = callback, bar
         self.seconds: dict[str, float] = {}
-        self._within = 0.0  # seconds of the phases inside the present one
+        self._inner_seconds = 0.0
 
     @contextmanager
     def phase(self, name: str, device: torch.device | None = None) -> Iterator[None]:
-        """Times a block, phases inside it left out; with a CUDA ``device``, until its work is done."""
-        outside, self._within = self._within, 0.0
+        """Time a block; with a CUDA ``device``, until its work is done."""
+        outer_seconds, self._inner_seconds = self._inner_seconds, 0.0
         start = time.perf_counter()
         yield
         if device is not None and device.type == "cuda":
             torch.cuda.synchronize(device)
-        took = time.perf_counter() - start
-        self.seconds[name] = self.seconds.get(name, 0.0) + took - self._within
-        self._within = outside + took
+        elapsed = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - self._inner_seconds
+        self._inner_seconds = outer_seconds + elapsed
+
+    @contextmanager
+    def steps(self, description: str, total: int) -> Iterator[StepCallback]:
+        """Show a bar of ``total`` steps for a block.
+
+        Yields:
+            The samplers' callback. It moves the bar and calls the caller's callback.
+
+        Raises:
+            Interrupted: if the caller's callback raises StopIteration.
+        """
+        # None: tqdm's own choice, which is not to show a bar where stderr is no terminal.
+        disable = None if self.bar is None else not self.bar
+        with tqdm(total=total, desc=description, disable=disable) as bar:
+
+            def after_step(step: int, timestep: float, x: Tensor) -> None:
+                bar.update()
+                if self.callback is None:
+                    return
+                try:
+                    self.callback(step, timestep, x)
+                except StopIteration as stop:
+                    raise Interrupted(f"{description}: cancelled after step {step + 1} of {total}") from stop
+
+            yield after_step
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
-
-
-@contextmanager
-def stepping(request: Request, steps: int) -> Iterator[StepCallback]:
-    """Shows a bar on stderr, and gives the samplers' callback, which moves it and calls the request's.
-
-    The bar is shown only on a terminal, unless the request says otherwise.
-    """
-    hidden = None if request.progress is None else not request.progress
-    with tqdm(total=steps, desc=request.stage, disable=hidden) as bar:
-
-        def stepped(step: int, timestep: float, x: Tensor) -> None:
-            bar.update()
-            if request.callback is not None:
-                request.callback(step, timestep, x)
-
-        yield stepped

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any, ClassVar, Iterable, Mapping
 
-import numpy as np
 from modelscope.outputs import OutputKeys
 from modelscope.pipelines.base import Pipeline
 from modelscope.pipelines.builder import PIPELINES, pipeline
 from modelscope.utils.logger import get_logger
 
-from ..engine.precision import precision_name
-from ..engine.progress import PhaseClock
+from ..engine.devices import device_of
+from ..engine.generated import GeneratedVideo
+from ..engine.progress import Progress
+from ..engine.two_stages import describes_second_stage, split_keywords
 from ..errors import ConfigurationError, InvalidInputError
 from ..media.contact_sheet import contact_sheet
-from ..media.preprocessing import to_frames
-from ..media.video import Video, check_writable, read_video, video_bytes, write_video
-from ..settings.configuration import SECOND_STAGE_SECTION, SETTINGS_OF_STAGE, read_configuration
-from ..settings.record import FIRST_STAGE, from_metadata, record, to_metadata
+from ..media.video import check_writable
+from ..settings.configuration import SETTINGS_OF_STAGE
 from ..settings.request import Request, check_keywords, keywords_of
 from ..settings.rules import integer, nearest, optional
 from .models import ImageToVideoModel, StageModel, VideoToVideoModel
@@ -57,7 +55,7 @@ class StagePipeline(Pipeline):
             device: as ModelScope names it; without a GPU, ``gpu`` is the CPU.
             **kwargs: settings and call keywords, which go before those of the folder's file.
         """
-        stage = self.model_class.stage
+        stage = self.model_class.stage_class.name
         settings = {name: kwargs.pop(name) for name in SETTINGS_OF_STAGE[stage].names() if name in kwargs}
         defaults = {name: kwargs.pop(name) for name in keywords_of(stage) if name in kwargs}
         if isinstance(model, str):
@@ -79,7 +77,6 @@ class StagePipeline(Pipeline):
             preprocessor = self.preprocessor_class(transform=model.vid_trans)
         super().__init__(model=model, preprocessor=preprocessor, device=device, auto_collate=False, **kwargs)
         self._model_prepare = True  # the model is where it shall be; its parts may be moved by hand
-        self._one_at_a_time = threading.RLock()
         self.chunk_size: int | None = None
         self.overlap_size: int | None = None
 
@@ -98,16 +95,15 @@ class StagePipeline(Pipeline):
             the video was made, under the names of ``modelscope_i2v.settings.record.record``.
         """
         optional(integer(1, 1024)).check("batch_size", keywords.pop("batch_size", None), InvalidInputError)
-        with self._one_at_a_time:
-            if not isinstance(input, list):
-                return super().__call__(input, *args, **keywords)
-            paths = self._output_paths(keywords.pop("output_video", None), len(input))
-            for path in paths:
-                self._sanitize_parameters(output_video=path, **keywords)  # before the first is generated
-            return [
-                super(StagePipeline, self).__call__(item, *args, output_video=path, **keywords)
-                for item, path in zip(input, paths)
-            ]
+        if not isinstance(input, list):
+            return super().__call__(input, *args, **keywords)
+        paths = self._output_paths(keywords.pop("output_video", None), len(input))
+        for path in paths:
+            self._sanitize_parameters(output_video=path, **keywords)  # before the first is generated
+        return [
+            super(StagePipeline, self).__call__(item, *args, output_video=path, **keywords)
+            for item, path in zip(input, paths)
+        ]
 
     @staticmethod
     def _output_paths(given: Any, count: int) -> list[Any]:
@@ -120,64 +116,48 @@ class StagePipeline(Pipeline):
         return list(given)
 
     def _sanitize_parameters(self, output_video: Any = None, **keywords: Any) -> tuple[dict, dict, dict]:
-        """Parameters of ``preprocess``, ``forward`` and ``postprocess``, all checked before any work."""
-        checked = check_keywords(self.model_class.stage, keywords)
+        """Return the parameters of the three steps below, checked before any work."""
+        checked = check_keywords(self.model_class.stage_class.name, keywords)
         if output_video is not None:
             check_writable(output_video)
-        clock = PhaseClock()
-        return {**checked, "clock": clock}, {"clock": clock}, {"output_video": output_video, "clock": clock}
+        return checked, {}, {"output_video": output_video}
 
     def _check_input(self, input: Any) -> None:
         """Left to the preprocessor, which takes more kinds of input than ModelScope can declare."""
 
-    def _request(self, keywords: Mapping[str, Any]) -> Request:
-        chunks = {"chunk_size": self.chunk_size, "overlap_size": self.overlap_size}
-        chunks = check_keywords(self.model_class.stage, chunks)
-        return Request.resolve(self.model.cfg, {**self._defaults, **chunks, **keywords})
+    def _resolve(self, keywords: Mapping[str, Any]) -> tuple[Request, Progress]:
+        windows = {"chunk_size": self.chunk_size, "overlap_size": self.overlap_size}
+        return self.model.stage.resolve({**self._defaults, **windows, **keywords})
 
-    def preprocess(self, input: Any, clock: PhaseClock | None = None, **keywords: Any) -> dict[str, Any]:
-        """What the model takes, for one input, and the call's ``request``."""
-        with (clock or PhaseClock()).phase("reading"):
-            return {**self.preprocessor(input), "request": self._request(keywords)}
+    def preprocess(self, input: Any, **keywords: Any) -> dict[str, Any]:
+        """Return what the model takes for one input, with the call's ``request`` and ``progress``."""
+        request, progress = self._resolve(keywords)
+        with progress.phase("reading"):
+            return {**self.preprocessor(input), "request": request, "progress": progress}
 
-    def forward(self, inputs: Mapping[str, Any], clock: PhaseClock | None = None) -> dict[str, Any]:
-        """The generated video [B, 3, F, H, W] in about [-1, 1] under ``video``, and how it was made."""
-        request = inputs.get("request") or self._request({})
-        video = self.model({**inputs, "request": request}, clock=clock)
-        precision = precision_name(next(self.model.generator.parameters()).dtype)
-        entries = record(request, self.model.model_dir, self.model.configuration_sha256, precision)
-        first_stage = from_metadata(inputs.get("source_metadata", {}))
-        if first_stage.get("stage") == IMAGE_TO_VIDEO:
-            entries[FIRST_STAGE] = first_stage
-        return {"video": video, "record": entries}
+    def forward(self, inputs: Mapping[str, Any]) -> GeneratedVideo:
+        """Generate the video of a preprocessed input."""
+        if "request" not in inputs:
+            request, progress = self._resolve({})
+            inputs = {**inputs, "request": request, "progress": progress}
+        return self._generate(inputs)
 
-    def postprocess(
-        self, inputs: Mapping[str, Any], output_video: Any = None, clock: PhaseClock | None = None
-    ) -> dict[str, Any]:
-        """Write the video of ``inputs`` to ``output_video``, or make its file's bytes."""
-        clock = clock or PhaseClock()
-        entries = inputs["record"]
-        frames = to_frames(inputs["video"][0])
-        with clock.phase("writing"):
-            video = _saved(frames, output_video, entries)
-        self._log(entries, frames, clock)
-        return {OutputKeys.OUTPUT_VIDEO: video, **entries}
+    def postprocess(self, inputs: GeneratedVideo, output_video: Any = None) -> dict[str, Any]:
+        """Write a generated video to ``output_video``, or make its file's bytes."""
+        return self._result(inputs, output_video)
 
-    def _log(self, entries: Mapping[str, Any], frames: np.ndarray, clock: PhaseClock) -> None:
-        count, height, width, _ = frames.shape
-        device = next(self.model.generator.parameters()).device
+    def _result(self, video: GeneratedVideo, path: Any) -> dict[str, Any]:
+        progress = Progress()
+        with progress.phase("writing"):
+            output = video.to_bytes() if path is None else video.save(path)
+        progress.seconds = {**video.seconds, **progress.seconds}
+        count, height, width, _ = video.frames.shape
+        record, device = video.record, device_of(self.model.generator)
         logger.info(
-            f"{entries['stage']}: seed {entries['seed']}, {entries['steps']} steps, "
-            f"{count} frames of {width}x{height}, {entries['precision']} on {device}, "
-            f"{entries['mode']}: {clock}"
+            f"{record['stage']}: seed {record['seed']}, {record['steps']} steps, {count} frames of "
+            f"{width}x{height}, {record['precision']} on {device}, {record['mode']}: {progress}"
         )
-
-
-def _saved(frames: np.ndarray, path: Any, entries: Mapping[str, Any]) -> str | bytes:
-    """The video's path, or without one its file's bytes."""
-    if path is None:
-        return video_bytes(frames, entries["fps"], to_metadata(entries))
-    return write_video(frames, path, entries["fps"], to_metadata(entries))
+        return {OutputKeys.OUTPUT_VIDEO: output, **record}
 
 
 @register_class(PIPELINES, IMAGE_TO_VIDEO, VIDEO_TO_VIDEO_PIPELINE)
@@ -246,79 +226,61 @@ class ImageToVideoPipeline(StagePipeline):
         Returns:
             ``videos``: the results, one for each seed; ``contact_sheet``: a PIL image of all of them.
         """
-        seeds = list(seeds)
-        if not seeds:
-            raise InvalidInputError("seeds: at least one is needed")
         folder = None if output_folder is None else Path(output_folder)
+        seeds = list(seeds)
+        paths = [None if folder is None else folder / f"seed_{seed}.mp4" for seed in seeds]
+        for path in paths:
+            self._sanitize_parameters(output_video=path, **keywords)  # before the first is generated
         results, rows = [], []
-        with self._one_at_a_time:
-            for seed in seeds:
-                path = None if folder is None else folder / f"seed_{seed}.mp4"
-                video, entries = self._generate(input, path, {**keywords, "seed": seed})
-                results.append({OutputKeys.OUTPUT_VIDEO: _saved(video.frames, path, entries), **entries})
-                rows.append((f"seed {seed}", video.frames))
+        for seed, path in zip(seeds, paths):
+            video = self.generate(input, **{**keywords, "seed": seed})
+            results.append(self._result(video, path))
+            rows.append((f"seed {seed}", video.frames))
         sheet = contact_sheet(rows)
         if folder is not None:
             sheet.save(folder / "contact_sheet.png")
         return {"videos": results, "contact_sheet": sheet}
 
-    def _refined(self, input: Any, keep_first: Any, keywords: dict[str, Any]) -> dict[str, Any]:
-        output = keywords.pop("output_video", None)
-        first, second = _split_keywords(keywords)
-        first_path = _first_path(keep_first, output)
-        with self._one_at_a_time:
-            if self._second_stage is None:
-                self._second_stage = self._load_second_stage()
-            self._second_stage._sanitize_parameters(output_video=output, **second)  # before any work
-            video, entries = self._generate(input, first_path, first)
-            kept = {"first_video": _saved(video.frames, first_path, entries)} if keep_first else {}
-            return {**self._second_stage(video, output_video=output, **second), **kept}
-
-    def generate(self, input: Any, **keywords: Any) -> Video:
-        """Stage one's video in memory: what stage two takes as ``video_path`` without a file between.
+    def generate(self, input: Any, **keywords: Any) -> GeneratedVideo:
+        """Generate stage one's video in memory: stage two takes it as ``video_path``.
 
         Args:
             input: the image.
-            **keywords: of a call, without ``output_video``.
+            **keywords: those of a call, without ``output_video``.
         """
-        with self._one_at_a_time:
-            return self._generate(input, None, keywords)[0]
+        for_preprocess, _, _ = self._sanitize_parameters(**keywords)
+        return self.forward(self.preprocess(input, **for_preprocess))
 
-    def _generate(self, input: Any, path: Any, keywords: Mapping[str, Any]) -> tuple[Video, dict[str, Any]]:
-        """The video and its record; ``path`` is where it will be written, for an error before work."""
-        for_preprocess, for_forward, _ = self._sanitize_parameters(output_video=path, **keywords)
-        outputs = self.forward(self.preprocess(input, **for_preprocess), **for_forward)
-        entries = outputs["record"]
-        video = Video(to_frames(outputs["video"][0]), entries["fps"], to_metadata(entries))
-        self._log(entries, video.frames, for_forward["clock"])
-        return video, entries
+    def _generate(self, inputs: Mapping[str, Any]) -> GeneratedVideo:
+        return self.model.stage.generate(inputs["vit_frame"], inputs["request"], inputs["progress"])
+
+    def _refined(self, input: Any, keep_first: Any, keywords: dict[str, Any]) -> dict[str, Any]:
+        output = keywords.pop("output_video", None)
+        first_keywords, second_keywords = split_keywords(keywords)
+        first_path = _first_path(keep_first, output)
+        if self._second_stage is None:
+            self._second_stage = self._load_second_stage()
+        # Before any work.
+        self._second_stage._sanitize_parameters(output_video=output, **second_keywords)
+        self._sanitize_parameters(output_video=first_path, **first_keywords)
+        video = self.generate(input, **first_keywords)
+        kept = self._result(video, first_path) if keep_first else {}
+        result = self._second_stage(video, output_video=output, **second_keywords)
+        return {**result, "first_video": kept[OutputKeys.OUTPUT_VIDEO]} if kept else result
 
     def _load_second_stage(self) -> VideoToVideoPipeline:
         options = {"device": self.device_name, **self._second_stage_settings}
         if isinstance(self._second_stage_model, str):
             second = pipeline(VIDEO_TO_VIDEO, model=self._second_stage_model, **options)
-        elif SECOND_STAGE_SECTION in read_configuration(self.model.model_dir):
+        elif describes_second_stage(self.model.model_dir):
             second = VideoToVideoPipeline(self.model.model_dir, **options)
         else:
             raise ConfigurationError(
                 f"refine: {self.model.model_dir} describes no second stage; give its folder or its id on the "
                 "hub: pipeline('image-to-video', ..., refine='damo/Video-to-Video')"
             )
-        second.model.share_autoencoder(self.model)
+        second.model.stage.share_autoencoder(self.model.stage)
         return second
-
-
-def _split_keywords(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Stage one's and stage two's keywords out of those of a call for both."""
-    of_first, shared = keywords_of(IMAGE_TO_VIDEO), ("seed", "fps", "callback", "progress", "generator")
-    first: dict[str, Any] = {}
-    second: dict[str, Any] = {name: keywords[name] for name in shared if name in keywords}
-    for name, value in keywords.items():
-        if name in of_first:
-            first[name] = value
-        else:
-            second[name[len("refine_") :] if name.startswith("refine_") else name] = value
-    return first, second
 
 
 def _first_path(keep_first: Any, output: Any) -> str | None:
@@ -348,8 +310,19 @@ class VideoToVideoPipeline(StagePipeline):
     #: What may stand in the input dict beside the video; a keyword of the call goes before it.
     input_keys = ("text", "positive_prompt", "negative_prompt", "total_noise_levels")
 
-    def preprocess(self, input: Any, clock: PhaseClock | None = None, **keywords: Any) -> dict[str, Any]:
-        """As of ``StagePipeline``; the input may also be a dict."""
+    def _sanitize_parameters(self, output_video: Any = None, **keywords: Any) -> tuple[dict, dict, dict]:
+        """As of ``StagePipeline``; a call's frames are read only as they are encoded."""
+        for_preprocess, *others = super()._sanitize_parameters(output_video, **keywords)
+        return ({**for_preprocess, "streamed": True}, *others)
+
+    def preprocess(self, input: Any, streamed: bool = False, **keywords: Any) -> dict[str, Any]:
+        """Return what the model takes for one input, which may also be a dict.
+
+        Args:
+            input: the video, alone or as ``video_path`` in a dict.
+            streamed: give the ``video`` as it is, to be read frame by frame, instead of ``video_data``.
+            **keywords: those of a call.
+        """
         video = input
         if isinstance(input, Mapping):
             if "video_path" not in input:
@@ -357,10 +330,16 @@ class VideoToVideoPipeline(StagePipeline):
                     f"video-to-video: the input needs the key 'video_path', got {', '.join(map(str, input))}"
                 )
             video = input["video_path"]
-            given = {name: input[name] for name in self.input_keys if name in input}
-            keywords = {**check_keywords(VIDEO_TO_VIDEO, given), **keywords}
-        if type(self.preprocessor) is VideoToVideoPreprocessor and not isinstance(video, Video):
-            # One frame too many is enough for the model to refuse the video: the rest need not be read.
-            with (clock or PhaseClock()).phase("reading"):
-                video = read_video(video, max_frames=self.model.cfg.limit_frames + 1)
-        return super().preprocess(video, clock, **keywords)
+            in_dict = {name: input[name] for name in self.input_keys if name in input}
+            keywords = {**check_keywords(VIDEO_TO_VIDEO, in_dict), **keywords}
+        if not streamed or type(self.preprocessor) is not VideoToVideoPreprocessor:
+            return super().preprocess(video, **keywords)
+        request, progress = self._resolve(keywords)
+        return {"video": video, "request": request, "progress": progress}
+
+    def _generate(self, inputs: Mapping[str, Any]) -> GeneratedVideo:
+        stage, request, progress = self.model.stage, inputs["request"], inputs["progress"]
+        if "video" in inputs:
+            return stage.generate(inputs["video"], request, progress)
+        metadata = inputs.get("source_metadata", {})
+        return stage.generate_from_frames(inputs["video_data"], metadata, request, progress)

@@ -46,12 +46,12 @@ def stage_parts(
     tower = ClipImageEncoder if settings.unet.image_conditioned else ClipTextEncoder
     with torch.device("meta"):
         clip_encoder, autoencoder = tower(settings.clip), Autoencoder(settings.autoencoder)
-        generator = UNet(settings.unet, attend)
+        unet = UNet(settings.unet, attend)
     return {
         # CLIP's file holds both towers; the stage needs one.
         "clip_encoder": Part(
             clip_encoder, clip_encoder.model, files["ckpt_clip"], ignored=clip_encoder.full_model_keys
         ),
         "autoencoder": Part(autoencoder, autoencoder, files["ckpt_autoencoder"], prefix="first_stage_model."),
-        "generator": Part(generator, generator, files["ckpt_unet"]),
+        "unet": Part(unet, unet, files["ckpt_unet"]),
     }

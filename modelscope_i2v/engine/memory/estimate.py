@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from ...models.clip import ClipImageEncoder, ClipTextEncoder
 from ...models.transformers import EXPANSION
 from ...models.unet import UNet
 from ...settings.configuration import StageSettings
+
+logger = logging.getLogger(__name__)
 
 _WEIGHT_BYTES = {"auto": 2, "fp32": 4, "fp16": 2, "bf16": 2}
 _ACTIVATION_BYTES = {**_WEIGHT_BYTES, "bf16": 4}  # counted: the residual stream is float32 beside bf16
@@ -103,6 +106,23 @@ def memory_in_words(settings: StageSettings, size: tuple[int, int], frames: int,
         f"{size[0]}x{size[1]} and {frames:,} frames{at_a_time} take about {in_gigabytes(estimate.networks)} "
         f"for the networks in {precision} and {in_gigabytes(estimate.frames)} for the frames"
     )
+
+
+def choose_low_memory(settings: StageSettings, device: torch.device) -> bool:
+    """Return whether networks take turns on the device: as set, or with ``auto`` if all do not fit."""
+    if settings.low_memory != "auto":
+        return settings.low_memory
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    frames = settings.max_frames
+    needed = estimate_memory(settings, settings.frame_size, frames, frames).networks
+    if needed > free:
+        logger.warning(
+            "%s: low-memory mode: keeping all networks on %s needs about %s, and %s are free",
+            settings.stage, device, in_gigabytes(needed), in_gigabytes(free),
+        )  # fmt: skip
+    return needed > free
 
 
 def _parameters(module: torch.nn.Module) -> int:

@@ -1,0 +1,189 @@
+"""A stage of I2VGen-XL on a device: its settings and networks, and what both stages do alike."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Iterator, Mapping, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InvalidInputError
+from ..models.attention import select_attention
+from ..models.layers import in_channels_last
+from ..samplers.velocity import Velocity
+from ..settings.configuration import StageSettings, load_settings
+from ..settings.record import configuration_sha256, record, to_metadata
+from ..settings.request import Request, check_keywords
+from ..weights import load_weights
+from ..weights.parts import stage_parts
+from .compilation import CompiledBlocks
+from .denoising import guided_velocity
+from .devices import device_of, placed_on, resolve_device
+from .generated import GeneratedVideo
+from .latents import decode_latents, latent_size
+from .memory.estimate import choose_low_memory, chunk_of
+from .memory.out_of_memory import OutOfMemory, is_out_of_memory, not_enough
+from .precision import precision_name, select_dtype
+from .progress import Progress
+
+AnyStage = TypeVar("AnyStage", bound="Stage")
+
+
+class Stage(nn.Module):
+    """One of the two stages, loaded from a model folder.
+
+    Attributes:
+        settings: may be changed between calls.
+        unet, autoencoder, clip_encoder: the networks.
+        schedule: the noise levels.
+        transform: from pictures to what the stage takes.
+        device: where the stage was loaded. What is computed follows the networks, wherever they were moved.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, folder: str | Path, settings: StageSettings, device: torch.device):
+        super().__init__()
+        self.folder, self.settings = Path(folder), settings
+        # Now, while the file is what the settings were read from: later it may be edited, or gone.
+        self.configuration_sha256 = configuration_sha256(folder)
+        self._device = device
+        self._dtype = select_dtype(settings.precision, device)
+        self.low_memory = choose_low_memory(settings, device)
+        home = torch.device("cpu") if self.low_memory else device
+        for name, part in stage_parts(settings, folder, select_attention(settings.attention, device)).items():
+            load_weights(
+                part.weights,
+                part.path,
+                prefix=part.prefix,
+                ignore=part.ignored,
+                device=home,
+                dtype=self._dtype,
+                layout=in_channels_last,
+            )
+            setattr(self, name, part.network)
+        self._chunked_for: torch.device | None = None
+        self._compiled = CompiledBlocks(self.unet) if settings.compile else None
+        self._one_at_a_time = threading.RLock()
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls: type[AnyStage], folder: str | Path, device: str | torch.device | None = None, **settings: Any
+    ) -> AnyStage:
+        """Load the stage of a model folder.
+
+        Args:
+            folder: holds ``configuration.json`` and the weights.
+            device: such as ``cpu`` or ``cuda:0``; by default a GPU where there is one.
+            **settings: take precedence over those of the file.
+
+        Raises:
+            ConfigurationError, MissingFileError, CheckpointError, NotEnoughMemoryError: if it cannot be.
+        """
+        return cls(folder, load_settings(folder, cls.name, settings), resolve_device(device))
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @device.setter
+    def device(self, device: str | torch.device) -> None:
+        self._device = resolve_device(device)
+
+    def share_autoencoder(self, other: Stage) -> None:
+        """Use the other stage's autoencoder instead of a copy, if it is the same to the last weight."""
+        ours, theirs = self.autoencoder.state_dict(), other.autoencoder.state_dict()
+        same = self.settings.autoencoder == other.settings.autoencoder and self._dtype == other._dtype
+        if same and all(torch.equal(ours[name], theirs[name].to(ours[name].device)) for name in ours):
+            self.autoencoder = other.autoencoder
+
+    def resolve(self, keywords: Mapping[str, Any]) -> tuple[Request, Progress]:
+        """Return what the keywords of a call ask for, and what shows its progress.
+
+        Raises:
+            InvalidInputError: for a keyword that is unknown, not allowed or beyond a limit.
+        """
+        checked = check_keywords(self.name, keywords)
+        progress = Progress(checked.pop("callback", None), checked.pop("progress", None))
+        return Request.resolve(self.settings, checked), progress
+
+    def decode(
+        self, latents: Tensor, request: Request, progress: Progress | None = None, to_uint8: bool = False
+    ) -> Tensor:
+        """Return the videos of latents [B, 4, F, h, w], as of ``decode_latents``."""
+        progress = progress or Progress()
+        at_a_time = 1 if self.low_memory else self.settings.decoder_bs
+        with self._phase("decoding", progress, request, latents.shape[2], self.autoencoder) as device:
+            return decode_latents(self.autoencoder, latents.to(device), request.size, at_a_time, to_uint8)
+
+    def _generated(
+        self, latents: Tensor, request: Request, progress: Progress, **more: Any
+    ) -> GeneratedVideo:
+        """Decode latents [1, 4, F, h, w] into the result of a call; ``more`` goes into its record."""
+        frames = self.decode(latents, request, progress, to_uint8=True)[0].numpy()
+        precision = precision_name(next(self.unet.parameters()).dtype)
+        entries = {**record(request, self.folder, self.configuration_sha256, precision), **more}
+        return GeneratedVideo(frames, entries["fps"], to_metadata(entries), entries, progress.seconds)
+
+    @contextmanager
+    def _phase(
+        self, name: str, progress: Progress, request: Request, frames: int, network: nn.Module
+    ) -> Iterator[torch.device]:
+        """Time a phase of a generation, with its network where it works; out of memory, raise what helps."""
+        device = self.device if self.low_memory else device_of(network)
+        try:
+            with progress.phase(name, device), placed_on(network, device, self.low_memory):
+                yield device
+        except (OutOfMemory, MemoryError, RuntimeError) as error:
+            if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
+                raise
+            raise not_enough(self.settings, request, frames, name, device, self.low_memory) from error
+
+    def _velocity(
+        self,
+        y: Tensor,
+        negative_y: Tensor,
+        x: Tensor,
+        request: Request,
+        progress: Progress,
+        **conditions: Tensor,
+    ) -> Velocity:
+        """Return what the samplers integrate, for a state like x."""
+        device = device_of(self.unet)
+        if device != self._chunked_for:  # else as it is: out of memory, it has become less
+            self.unet.chunk, self._chunked_for = chunk_of(device, self.low_memory), device
+
+        def velocity_for(request: Request) -> Velocity:
+            return guided_velocity(self.unet, y, negative_y, request, **conditions)
+
+        if self._compiled is not None:
+            whole = replace(request, guidance_interval=None, reuse_interval=1)
+            sizes = [velocity_for(whole)]
+            if request.guidance_interval is not None:  # there are calls of one branch, too
+                sizes.append(velocity_for(replace(whole, guide_scale=1.0)))
+            with progress.phase("compiling", device):
+                self._compiled.prepare(sizes, x)
+        return velocity_for(request)
+
+    def _latent_shape(self, request: Request, frames: int) -> tuple[int, ...]:
+        size = latent_size(request.size, self.settings.unet, self.settings.autoencoder.downscale)
+        return (1, self.settings.autoencoder.embed_dim, frames, *size)
+
+
+def replacement(name: str, value: Tensor | None, drawn: Tensor) -> Tensor:
+    """Return the draw that a caller gives instead of the seed's, if any.
+
+    Raises:
+        InvalidInputError: if it is not of the same shape.
+    """
+    if value is None:
+        return drawn
+    if not isinstance(value, Tensor) or value.shape != drawn.shape:
+        got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidInputError(f"{name}: must be {list(drawn.shape)}, got {got}")
+    return value

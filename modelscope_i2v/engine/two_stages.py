@@ -1,0 +1,96 @@
+"""Both stages: previews of seeds, and stage two of stage one's frames."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Iterable, Mapping
+
+from ..errors import ConfigurationError, InvalidInputError
+from ..settings.configuration import SECOND_STAGE_SECTION, read_configuration
+from ..settings.request import keywords_of
+from .generated import GeneratedVideo
+from .image_to_video import ImageToVideo
+from .video_to_video import VideoToVideo
+
+#: Keywords that go to both stages.
+_SHARED = ("seed", "fps", "callback", "progress", "generator")
+
+
+class TwoStages:
+    """Both stages, with one autoencoder where theirs is the same.
+
+    Example::
+
+        stages = TwoStages.load("path/to/both")
+        previews = stages.preview("cat.jpg", seeds=[1, 2, 3, 4])
+        stages.refine(previews[2], text="a cat").save("cat.mp4")
+        stages.generate("cat.jpg", seed=3, text="a cat").save("cat.mp4")  # the same
+    """
+
+    def __init__(self, first: ImageToVideo, second: VideoToVideo):
+        self.first, self.second = first, second
+        second.share_autoencoder(first)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, second_folder: str | Path | None = None, device: Any = None, **settings: Any
+    ) -> TwoStages:
+        """Load both stages.
+
+        Args:
+            folder: stage one's model folder.
+            second_folder: stage two's; by default ``folder`` describes both.
+            device: as of ``Stage.load``.
+            **settings: take precedence over those of the files, in both.
+
+        Raises:
+            ConfigurationError, MissingFileError, CheckpointError, NotEnoughMemoryError: if it cannot be.
+        """
+        if second_folder is None and not describes_second_stage(folder):
+            raise ConfigurationError(f"{folder} describes no second stage; give its folder, too")
+        first = ImageToVideo.load(folder, device, **settings)
+        return cls(first, VideoToVideo.load(second_folder or folder, device, **settings))
+
+    def preview(self, image: Any, seeds: Iterable[int], **keywords: Any) -> list[GeneratedVideo]:
+        """Return stage one's video of each seed, to choose the one to refine."""
+        seeds = list(seeds)
+        if not seeds:
+            raise InvalidInputError("seeds: at least one is needed")
+        return [self.first(image, **{**keywords, "seed": seed}) for seed in seeds]
+
+    def refine(self, video: Any, **keywords: Any) -> GeneratedVideo:
+        """Return stage two's video of stage one's, with stage two's keywords."""
+        return self.second(video, **keywords)
+
+    def generate(self, image: Any, **keywords: Any) -> GeneratedVideo:
+        """Return stage two's video of stage one's of an image; stage one's is its ``first``.
+
+        Args:
+            image: as of ``ImageToVideo``.
+            **keywords: those that only stage two has go to it, and any of its own with ``refine_`` before the
+                name; ``seed``, ``fps``, ``callback``, ``progress`` and ``generator`` go to both; the others
+                to stage one.
+        """
+        first_keywords, second_keywords = split_keywords(keywords)
+        self.second.resolve(second_keywords)  # before any work
+        first = self.first(image, **first_keywords)
+        return replace(self.second(first, **second_keywords), first=first)
+
+
+def describes_second_stage(folder: str | Path) -> bool:
+    """Return whether a stage-one folder's configuration describes stage two as well."""
+    return SECOND_STAGE_SECTION in read_configuration(folder)
+
+
+def split_keywords(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return stage one's and stage two's keywords out of those of a call for both."""
+    of_first = keywords_of(ImageToVideo.name)
+    first: dict[str, Any] = {}
+    second: dict[str, Any] = {name: keywords[name] for name in _SHARED if name in keywords}
+    for name, value in keywords.items():
+        if name in of_first:
+            first[name] = value
+        else:
+            second[name[len("refine_") :] if name.startswith("refine_") else name] = value
+    return first, second

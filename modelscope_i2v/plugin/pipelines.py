@@ -228,6 +228,8 @@ class ImageToVideoPipeline(StagePipeline):
         """
         folder = None if output_folder is None else Path(output_folder)
         seeds = list(seeds)
+        if not seeds:
+            raise InvalidInputError("seeds: at least one is needed")
         paths = [None if folder is None else folder / f"seed_{seed}.mp4" for seed in seeds]
         for path in paths:
             self._sanitize_parameters(output_video=path, **keywords)  # before the first is generated

@@ -1,8 +1,11 @@
-"""How much memory a computation holds at its peak, tensor by tensor, on a device that computes nothing."""
+"""How much memory a computation holds at its peak, on a device that computes nothing; and less to have."""
 
 from __future__ import annotations
 
+import resource
 import weakref
+from contextlib import contextmanager
+from typing import Iterator
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,3 +41,16 @@ class LiveMemory(TorchDispatchMode):
 def flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """What a fused attention takes of memory: its result. The meta device would write out all scores."""
     return torch.empty_like(q)
+
+
+@contextmanager
+def memory_left(size: int) -> Iterator[None]:
+    """Let this process take ``size`` bytes more of addresses than it has, and no more."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (taken + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -201,6 +201,7 @@ def test_float_arrays(dtype):
         (np.full((4, 4), 2.0), "values from 2 to 2"),
         (np.full((4, 4), np.nan), "values from nan"),
         (np.full((4, 4), -0.1), "values from -0.1"),
+        (np.ma.masked_array(RGB, RGB > 200), r"masked array: fill it"),
         (np.zeros((1, images.MAX_SIDE + 1), np.uint8), "too large: 20001x1; allowed are 20,000 pixels"),
     ],
 )
@@ -282,6 +283,46 @@ def test_the_limit_is_on_the_header(monkeypatch):
     for source in (PNG, Image.fromarray(RGB), RGB):
         with pytest.raises(InvalidInputError, match="7x9; allowed are 20,000 pixels a side and 62 in all"):
             open_image(source)
+
+
+def progressive(scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again; around them, what looks like more."""
+    data = encoded(Image.fromarray(RGB).resize((64, 64)), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    more = data[last:-2] * (scans - data.count(b"\xff\xda"))
+    return data[:2] + b"\xff\xfe\0\x42" + b"\xff\xda" * 32 + data[2:-2] + more + data[-2:] + b"\xff\xda" * 999
+
+
+def test_scans_of_a_jpeg_are_bounded():
+    assert pixels(progressive(images.MAX_SCANS)).shape == (64, 64, 3)
+    with pytest.raises(InvalidInputError, match="more than the 100 scans allowed"):
+        open_image(progressive(images.MAX_SCANS + 1))
+
+
+def test_runs_of_bytes_that_are_nearly_markers_take_no_time():
+    data = progressive(20)
+    at = data.index(b"\xff\xda", 200)
+    with pytest.raises(InvalidInputError, match="damaged"):
+        open_image(data[:at] + b"\xff" * 3_000_000 + b"\0")
+
+
+def tiled(side: int, image_side: int) -> bytes:
+    """A TIFF of one compressed tile, cut short: what decodes it takes the memory of it whole."""
+    entries = [(256, image_side), (257, image_side), (258, 8), (259, 8), (262, 1), (277, 1), (322, side),
+               (323, side), (324, 8), (325, 4)]  # fmt: skip
+    directory = len(entries).to_bytes(2, "little") + b"".join(
+        tag.to_bytes(2, "little") + b"\4\0\1\0\0\0" + value.to_bytes(4, "little") for tag, value in entries
+    )
+    return b"II*\0\x0c\0\0\0x\x9c\3\0" + directory + bytes(4)
+
+
+def test_tiles_of_a_tiff_are_bounded():
+    for side, image_side in ((20_000, 64), (40_000, 1000), (1 << 31, 1)):
+        with pytest.raises(InvalidInputError, match=f"has too large tiles, {side}x{side} pixels"):
+            open_image(tiled(side, image_side))
+    for side, image_side in ((2048, 64), (4096, 4000)):
+        with pytest.raises(InvalidInputError, match="damaged or incomplete"):
+            open_image(tiled(side, image_side))
 
 
 FUZZED = [encoded(Image.fromarray(RGB), name) for name in "PNG JPEG GIF TIFF WEBP BMP TGA ICO PPM".split()]

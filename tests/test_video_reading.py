@@ -6,6 +6,7 @@ import io
 import logging
 import random
 import threading
+import tracemalloc
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,12 +14,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from live_memory import memory_left
 from PIL import Image
 from sample_videos import FRAMES, foreign_file, moving_frames, psnr, with_display_matrix
 
-from modelscope_i2v.errors import InvalidInputError, MissingFileError
+from modelscope_i2v.errors import InvalidInputError, MissingFileError, NotEnoughMemoryError
 from modelscope_i2v.media import video_reading
-from modelscope_i2v.media.video import read_metadata, read_video, video_bytes
+from modelscope_i2v.media.video import open_video, read_metadata, read_video, video_bytes
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +200,46 @@ def test_max_frames(mp4, caplog):
         assert "more frames" not in caplog.text
         np.testing.assert_array_equal(read_video(mp4, max_frames=3).frames, read_video(mp4).frames[:3])
         assert "has more frames; the first 3 were read" in caplog.text
-    for wrong in (0, -1, 2.5, "3"):
+    for wrong in (0, -1, 2.5, "3", -(10**5000)):
         with pytest.raises(InvalidInputError, match="max_frames is"):
             read_video(mp4, max_frames=wrong)
+
+
+def test_frame_by_frame(mp4):
+    whole = read_video(mp4)
+    with open_video(with_display_matrix(mp4, 0, 1, -1, 0), max_frames=4) as reader:
+        assert (reader.size, reader.fps, reader.metadata) == ((48, 64), 8, {})
+        frames = iter(reader)
+        np.testing.assert_array_equal(next(frames), np.rot90(whole.frames[0], -1))
+        assert len(list(frames)) == 3 and not list(reader)
+
+
+def test_what_is_done_with_the_frames_fails_as_it_likes(mp4):
+    with pytest.raises(ZeroDivisionError), open_video(mp4) as reader:
+        for _ in reader:
+            raise ZeroDivisionError
+
+
+def test_rate_by_the_times_of_frames():
+    data = foreign_file(FRAMES, times=[0, 40, 80, 400, 410, 900, 1000, 1100, 1150, 1800])
+    with open_video(data) as reader:
+        assert len(list(reader)) == 10 and reader.fps == pytest.approx(5)
+
+
+def test_a_frame_at_a_time_is_held():
+    black = np.broadcast_to(np.uint8(0), (1, 1000, 1000, 3))
+    data = video_bytes(black.repeat(40, 0))
+    tracemalloc.start()
+    with open_video(data) as reader:
+        count = sum(1 for _ in reader)
+    assert (count, tracemalloc.get_traced_memory()[1] < 5 * 3_000_000) == (40, True)
+    tracemalloc.stop()
+
+
+def test_memory_that_runs_out():
+    data = video_bytes(np.broadcast_to(np.uint8(0), (20, 2000, 2000, 3)))
+    with memory_left(200_000_000), pytest.raises(NotEnoughMemoryError, match="more memory than there is"):
+        read_video(data)
 
 
 def test_a_size_that_changes(caplog):

@@ -2,7 +2,8 @@
 
 What comes out equals what ModelScope's own ``LoadImage`` gives, with three differences: 16-bit images are
 scaled to 8 bits, not clipped; arrays with one or four channels are understood; and whatever cannot be
-used is an InvalidInputError (MissingFileError if the file is not there), whatever the input.
+used is an InvalidInputError (MissingFileError if the file is not there), whatever the input. What a file may
+take of memory and time is checked on its header, before any pixel is decoded.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from ..errors import I2VError, InvalidInputError
-from .sources import describe_content, read_source, source_name
+from ..errors import InvalidInputError
+from .sources import describe_content, input_errors, read_source, reason, source_name
 
 logger = logging.getLogger(__name__)
 
@@ -31,16 +33,14 @@ FORMATS = (
     "TGA", "ICO", "ICNS", "PCX", "PSD", "SGI", "DDS", "QOI", "XBM", "XPM", "IM", "MSP", "SPIDER",
 )  # fmt: skip
 
-_ORIENTATION_TAG = 0x0112
-_TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+# Decoding takes as long as the scans are many, whatever their size: encoders make 10 or so.
+MAX_SCANS = 100  # of a progressive JPEG
+_JPEG_MARKER = re.compile(rb"\xff([^\x00\xff\xd0-\xd7])")  # not those that stand alone within a scan
+_START_OF_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
+
+# A tile is decoded whole: it may be so much larger than an image that it holds a corner of.
+_MAX_TILE_PIXELS = 1 << 22
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF's tags
 
 
 def open_image(source: Any) -> Image.Image:
@@ -56,28 +56,20 @@ def open_image(source: Any) -> Image.Image:
       (0 to 65535) or float (0 to 1).
 
     Alpha is dropped, not blended: colours stored under transparent pixels show, as in ModelScope.
-    Raises InvalidInputError or MissingFileError, nothing else (but MissingPackageError for a URL when
-    requests is not installed).
+    Raises InvalidInputError, MissingFileError or NotEnoughMemoryError, nothing else (but MissingPackageError
+    for a URL when requests is not installed).
     """
-    try:
+    with input_errors("image", source):
         if isinstance(source, Image.Image):
             return _to_rgb(source, f"(from Pillow, mode {source.mode}, {source.width}x{source.height})")
         if isinstance(source, np.ndarray):
             return _from_array(source)
         if isinstance(source, (str, os.PathLike, bytes, bytearray, memoryview)):
             return _from_file(read_source(source, "image", MAX_BYTES), source_name(source))
-    except I2VError:
-        raise
-    except Exception as error:  # decoders raise whatever they like on bytes they did not expect
-        raise InvalidInputError(f"cannot read the image {source_name(source)}: {_words(error)}") from error
-    raise InvalidInputError(
-        f"cannot use a {type(source).__name__} as an image: give a path, a URL, bytes, a Pillow image or a "
-        "NumPy array"
-    )
-
-
-def _words(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+        raise InvalidInputError(
+            f"cannot use a {type(source).__name__} as an image: give a path, a URL, bytes, a Pillow image or "
+            "a NumPy array"
+        )
 
 
 def _check_size(width: int, height: int, name: str) -> None:
@@ -101,6 +93,8 @@ def _from_file(data: bytes, name: str) -> Image.Image:
             f"the image {name} is too large: allowed are {MAX_SIDE:,} pixels a side and {MAX_PIXELS:,} in "
             f"all; Pillow says: {error}"
         ) from error
+    except MemoryError:
+        raise
     except Exception as error:
         raise InvalidInputError(
             f"the image {name} cannot be read: it seems to be {describe_content(data[:512])}, damaged or of "
@@ -108,27 +102,45 @@ def _from_file(data: bytes, name: str) -> Image.Image:
         ) from error
     with image:
         _check_size(image.width, image.height, name)
+        _check_scans(data, name)
+        _check_tiles(image, name)
         try:
             image.load()
+        except MemoryError:
+            raise
         except Exception as error:
             raise InvalidInputError(
-                f"the image {name} ({image.format}) is damaged or incomplete: {_words(error)}"
+                f"the image {name} ({image.format}) is damaged or incomplete: {reason(error)}"
             ) from error
-        rgb = _to_rgb(image, name)
-        transposition = _TRANSPOSITIONS.get(_orientation(image))
-    return rgb if transposition is None else rgb.transpose(transposition)
+        if image.format != "TIFF":  # Pillow turns these itself; its version 10.0 would turn them again
+            try:
+                ImageOps.exif_transpose(image, in_place=True)
+            except Exception:  # a broken EXIF block is no reason to refuse good pixels
+                logger.debug("the image's EXIF block cannot be read", exc_info=True)
+        return _to_rgb(image, name)
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation still to be applied to a loaded file's pixels."""
-    if image.format == "TIFF":
-        return 1  # Pillow turns these itself; its version 10.0 leaves the tag, and would turn them again
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-        return value if isinstance(value, int) else 1
-    except Exception:  # a broken EXIF block is no reason to refuse good pixels
-        logger.debug("the image's EXIF block cannot be read", exc_info=True)
-        return 1
+def _check_scans(data: bytes, name: str) -> None:
+    """Refuse a JPEG of many scans: see MAX_SCANS. What is no JPEG passes."""
+    if not data.startswith(b"\xff\xd8"):
+        return
+    scans, end = 0, 2
+    while (marker := _JPEG_MARKER.search(data, end)) and marker[1] != _END_OF_IMAGE:
+        # Behind the marker is the length of its segment, in which bytes may look like markers.
+        end = marker.end() + max(int.from_bytes(data[marker.end() : marker.end() + 2], "big"), 2)
+        scans += marker[1] == _START_OF_SCAN
+        if scans > MAX_SCANS:
+            raise InvalidInputError(f"the image {name} has more than the {MAX_SCANS} scans allowed in a JPEG")
+
+
+def _check_tiles(image: Image.Image, name: str) -> None:
+    """Refuse a TIFF whose tiles, which are decoded whole, are far larger than the image that they make."""
+    tags = getattr(image, "tag_v2", {})
+    width, height = (int(tags.get(tag, 0)) for tag in (_TILE_WIDTH, _TILE_LENGTH))
+    if width * height > _MAX_TILE_PIXELS + 4 * image.width * image.height:
+        raise InvalidInputError(
+            f"the image {name} of {image.width}x{image.height} has too large tiles, {width}x{height} pixels"
+        )
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -183,7 +195,7 @@ def _lab_to_rgb(image: Image.Image) -> Image.Image:
     from PIL import ImageCms
 
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.applyTransform(image, ImageCms.buildTransform(lab, srgb, "LAB", "RGB"))
+    return ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
 
 
 def _from_16_bits(values: np.ndarray) -> np.ndarray:
@@ -193,6 +205,8 @@ def _from_16_bits(values: np.ndarray) -> np.ndarray:
 
 def _from_array(array: np.ndarray) -> Image.Image:
     name = f"(an array, {array.dtype}, shape {array.shape})"
+    if isinstance(array, np.ma.MaskedArray):
+        raise InvalidInputError(f"the image {name} is a masked array: fill it, as with array.filled(0)")
     allowed = "allowed are [H, W, 3] BGR, [H, W, 4] BGRA and [H, W] grey"
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from .video_reading import Video, read_metadata, read_video
+from .video_reading import Video, VideoReader, open_video, read_metadata, read_video
 from .video_writing import DEFAULT_FPS, EXTENSIONS, check_writable, video_bytes, write_video
 
 __all__ = [
     "DEFAULT_FPS",
     "EXTENSIONS",
     "Video",
+    "VideoReader",
     "check_writable",
     "video_bytes",
+    "open_video",
     "read_metadata",
     "read_video",
     "write_video",

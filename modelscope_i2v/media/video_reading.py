@@ -1,6 +1,7 @@
 """Video files to RGB frames, with PyAV: no system-wide ffmpeg is needed.
 
-A name inside a file (playlists and their kin) is never followed, and what is decoded is bounded in memory.
+A name inside a file (playlists and their kin) is never followed, and what is decoded is bounded in memory:
+`open_video` holds one frame at a time, `read_video` as many as MAX_DECODED_BYTES allow.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from ..errors import I2VError, InvalidInputError
-from .sources import describe_content, open_source, source_name
+from ..errors import InvalidInputError, describe
+from .sources import describe_content, input_errors, open_source, reason, source_name
 
 logger = logging.getLogger(__name__)
 
 ASSUMED_FPS = 8.0  # where a file does not tell
 MAX_FPS = 1000.0
 MAX_SIDE = 8192  # pixels
-MAX_DECODED_BYTES = 4 << 30  # of RGB frames: some 1,500 of 1280x720
+MAX_DECODED_BYTES = 4 << 30  # of RGB frames held at once: some 1,500 of 1280x720
 MAX_BYTES = 2 << 30  # of a download or of bytes given; a local file is read piece by piece
 
 # All of them self-contained: none can refer to another file or address.
@@ -35,7 +36,9 @@ _FORMATS = (
 _MAX_FAILURES = 100  # packets in a row that do not decode, before the rest of a damaged file is given up
 _ATTACHED_PICTURE = 0x400  # AV_DISPOSITION_ATTACHED_PIC: a recording's cover, which is no video
 # PyAV 19 dropped the option: it always keeps what is not UTF-8 as lone surrogates.
-_METADATA_OPTIONS = {"metadata_errors": "surrogateescape"} if int(av.__version__.split(".")[0]) < 19 else {}
+_METADATA_OPTIONS: dict[str, Any] = {}
+if int(av.__version__.split(".")[0]) < 19:
+    _METADATA_OPTIONS["metadata_errors"] = "surrogateescape"
 _BRANDS = ("major_brand", "minor_version", "compatible_brands")  # MP4's own, not the author's
 # Frames' and swscale's numbers for BT.709, FCC, SMPTE 240M and BT.2020 are the same (PyAV 14 has no name for
 # the last); all else is taken as BT.601, as ffmpeg does.
@@ -51,32 +54,116 @@ class Video:
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def read_video(source: Any, max_frames: int | None = None) -> Video:
-    """Decode a video from a path, a URL or the bytes of a file.
+class VideoReader:
+    """The frames of an open video: iterate once for uint8 RGB arrays [H, W, 3] of one size, in order.
 
-    Every frame comes once, in presentation order, at most the first ``max_frames``; of a variable rate,
-    ``fps`` is the average. The file's rotation or mirroring is applied; alpha is dropped, as for images;
-    non-square pixels are not stretched; frames of another size than the first are resized to it. A file
-    that is damaged or cut short gives the frames that decode, and a logged warning. Where no rate is known
-    ASSUMED_FPS is taken, and logged.
+    Attributes:
+        size: (width, height) of the frames in pixels, as shown.
+        fps: frames per second, by the file's header; once all are read, by their times where these differ.
+        metadata: the file's.
+    """
 
-    Raises MissingFileError; and InvalidInputError if no frame can be had, if a side exceeds MAX_SIDE or all
-    frames together MAX_DECODED_BYTES.
+    def __init__(self, container: Any, source: Any, max_frames: int | None):
+        self._container, self._source, self._max_frames = container, source, max_frames
+        self._name = source_name(source)
+        self._stream = _video_stream(container, self._name)
+        self.metadata = _metadata(container)
+        self.fps = _frame_rate(self._stream, 0.0) or ASSUMED_FPS
+        self._frames = self._read()
+        first = next(self._frames, None)
+        if first is None:
+            raise InvalidInputError(f"the video {self._name} has no frame that can be decoded")
+        self._first: np.ndarray | None = first
+        self.size = (first.shape[1], first.shape[0])
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        if self._first is not None:
+            first, self._first = self._first, None
+            yield first
+        yield from self._frames
+
+    def _read(self) -> Iterator[np.ndarray]:
+        with input_errors("video", self._source):
+            yield from self._checked_frames()
+
+    def _checked_frames(self) -> Iterator[np.ndarray]:
+        stream, name, reformatter = self._stream, self._name, VideoReformatter()
+        size, orientation = None, (False, False, False)
+        count, resized = 0, False
+        times: list[Fraction] = []  # the first's and the last's, in seconds, of those that have one
+        timed = 0
+        for frame in _decode(self._container, stream, name):
+            if count == self._max_frames:
+                logger.info("the video %s has more frames; the first %d were read", name, count)
+                break
+            if size is None:
+                size, orientation = (frame.width, frame.height), _orientation(frame)
+                _check_side(*size, name)
+            elif size != (frame.width, frame.height) and not resized:
+                resized = True
+                logger.warning(
+                    "the video %s changes its size to %dx%d at frame %d; all are resized to %dx%d",
+                    name, frame.width, frame.height, count, *size,
+                )  # fmt: skip
+            time_base = frame.time_base or stream.time_base  # the last frames out of a decoder lack theirs
+            if frame.pts is not None and time_base:
+                timed += 1
+                times[1:] = [frame.pts * time_base]
+            count += 1
+            yield _orient(_to_rgb(frame, reformatter, size), orientation)
+        else:
+            if 0 < count < stream.frames:
+                logger.warning("the video %s announces %d frames; %d decoded", name, stream.frames, count)
+        span = times[-1] - times[0] if times else 0
+        rate = _frame_rate(stream, float((timed - 1) / span) if span > 0 else 0.0)
+        if rate is None and count:
+            logger.info("the video %s does not tell its frame rate; taken as %g", name, ASSUMED_FPS)
+        self.fps = rate or ASSUMED_FPS
+
+
+@contextmanager
+def open_video(source: Any, max_frames: int | None = None) -> Iterator[VideoReader]:
+    """Open a video, from a path, a URL or the bytes of a file, to be decoded frame by frame.
+
+    Every frame comes once, in presentation order, at most the first ``max_frames``. The file's rotation or
+    mirroring is applied; alpha is dropped, as for images; non-square pixels are not stretched; frames of
+    another size than the first are resized to it. A file that is damaged or cut short gives the frames that
+    decode, and a logged warning. Where no rate is known ASSUMED_FPS is taken, and logged.
+
+    Raises MissingFileError; InvalidInputError if no frame can be had or a side exceeds MAX_SIDE; and, at any
+    frame, NotEnoughMemoryError.
     """
     if max_frames is not None and (not isinstance(max_frames, (int, np.integer)) or max_frames < 1):
-        raise InvalidInputError(f"max_frames is {max_frames!r}: allowed are whole numbers from 1, and None")
-    with _open_container(source) as (container, name):
-        stream = _video_stream(container, name)
-        frames, times = _read_frames(container, stream, name, max_frames)
-        if not frames:
-            raise InvalidInputError(f"the video {name} has no frame that can be decoded")
-        fps = _frame_rate(stream, times, name)
-        return Video(_stack(frames), fps, _metadata(container))
+        raise InvalidInputError(
+            f"max_frames is {describe(max_frames)}: allowed are whole numbers from 1, and None"
+        )
+    with _open_container(source) as container:
+        with input_errors("video", source):
+            reader = VideoReader(container, source, max_frames)
+        yield reader
+
+
+def read_video(source: Any, max_frames: int | None = None) -> Video:
+    """Decode a video as `open_video` does, all frames at once; ``fps`` is the average of a variable rate.
+
+    Raises what `open_video` does, and InvalidInputError if all frames together exceed MAX_DECODED_BYTES.
+    """
+    frames: list[np.ndarray] = []
+    with open_video(source, max_frames) as reader, input_errors("video", source):
+        width, height = reader.size
+        for frame in reader:
+            if 3 * width * height * (len(frames) + 1) > MAX_DECODED_BYTES:
+                raise InvalidInputError(
+                    f"the video {source_name(source)} is too long: with frame {len(frames) + 1} its "
+                    f"{width}x{height} frames exceed {MAX_DECODED_BYTES:,} bytes; read fewer with max_frames"
+                )
+            frames.append(frame)
+        return Video(_stack(frames), reader.fps, reader.metadata)
 
 
 def read_metadata(source: Any) -> dict[str, str]:
     """The metadata of a video file, such as `write_video` stores. Sources and errors as for `read_video`."""
-    with _open_container(source) as (container, _):
+    with _open_container(source) as container, input_errors("video", source):
         return _metadata(container)
 
 
@@ -92,10 +179,8 @@ def _refuse_nested(url: str, flags: int, options: dict[str, str]) -> Any:
 
 
 @contextmanager
-def _open_container(source: Any) -> Iterator[tuple[Any, str]]:
-    """The open container and the source's name; any failure while it is open is an InvalidInputError."""
+def _open_container(source: Any) -> Iterator[Any]:
     with open_source(source, "video", MAX_BYTES) as file:
-        name = source_name(source)
         head = file.read(512)
         file.seek(0)
         # Not the argument `options`: with it PyAV 14 crashes on formats whose header names no streams.
@@ -110,21 +195,13 @@ def _open_container(source: Any) -> Iterator[tuple[Any, str]]:
             )
         except Exception as error:
             raise InvalidInputError(
-                f"the video {name} cannot be read: it seems to be {describe_content(head)}, damaged or of a "
-                f"kind that is not supported ({_words(error)})"
+                f"the video {source_name(source)} cannot be read: it seems to be {describe_content(head)}, "
+                f"damaged or of a kind that is not supported ({reason(error)})"
             ) from error
         try:
-            yield container, name
-        except I2VError:
-            raise
-        except Exception as error:  # ffmpeg and PyAV raise many kinds on bytes they did not expect
-            raise InvalidInputError(f"cannot read the video {name}: {_words(error)}") from error
+            yield container
         finally:
             container.close()
-
-
-def _words(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def _metadata(container: Any) -> dict[str, str]:
@@ -166,47 +243,10 @@ def _check_side(width: int, height: int, name: str) -> None:
         )
 
 
-def _read_frames(
-    container: Any, stream: Any, name: str, max_frames: int | None
-) -> tuple[list[np.ndarray], list[Fraction]]:
-    """The frames, and the presentation times, in seconds, of those that have one."""
-    reformatter = VideoReformatter()
-    frames: list[np.ndarray] = []
-    times: list[Fraction] = []
-    size = orientation = None
-    total, resized = 0, False
-    for frame in _decode(container, stream, name):
-        if len(frames) == max_frames:
-            logger.info("the video %s has more frames; the first %d were read", name, max_frames)
-            return frames, times
-        if size is None:
-            size, orientation = (frame.width, frame.height), _orientation(frame)
-            _check_side(*size, name)
-        elif size != (frame.width, frame.height) and not resized:
-            resized = True
-            logger.warning(
-                "the video %s changes its size to %dx%d at frame %d; all are resized to %dx%d",
-                name, frame.width, frame.height, len(frames), *size,
-            )  # fmt: skip
-        total += 3 * size[0] * size[1]
-        if total > MAX_DECODED_BYTES:
-            raise InvalidInputError(
-                f"the video {name} is too long: with frame {len(frames) + 1} its {size[0]}x{size[1]} frames "
-                f"exceed {MAX_DECODED_BYTES:,} bytes; read fewer with max_frames"
-            )
-        frames.append(_orient(_to_rgb(frame, reformatter, size), orientation))
-        time_base = frame.time_base or stream.time_base  # the last frames out of a decoder lack theirs
-        if frame.pts is not None and time_base:
-            times.append(frame.pts * time_base)
-    if 0 < len(frames) < stream.frames:
-        logger.warning("the video %s announces %d frames; %d decoded", name, stream.frames, len(frames))
-    return frames, times
-
-
 def _decode(container: Any, stream: Any, name: str) -> Iterator[Any]:
     """All frames that decode. What does not is skipped, with one warning in the end."""
     failures = in_a_row = 0
-    reason = ""
+    last: Exception = EOFError()
     packets = container.demux(stream)
     packet: Any = stream  # anything but None
     while packet is not None and in_a_row < _MAX_FAILURES:
@@ -216,18 +256,23 @@ def _decode(container: Any, stream: Any, name: str) -> Iterator[Any]:
             packet = next(packets, None)
             if packet is not None and not packet.size:
                 continue  # "the last frame again" in AVI and Theora; PyAV's own sign of the end
+        except MemoryError:
+            raise
         except av.error.FFmpegError as error:
-            failures, reason = failures + 1, _words(error)
+            failures, last = failures + 1, error
         try:
             frames = stream.decode(packet)
             in_a_row = 0
         except av.error.EOFError:  # already emptied
             pass
+        except MemoryError:
+            raise
         except av.error.FFmpegError as error:
-            failures, in_a_row, reason = failures + 1, in_a_row + 1, _words(error)
+            failures, in_a_row, last = failures + 1, in_a_row + 1, error
         yield from frames
     if failures:
-        logger.warning("the video %s is damaged: %d packets did not decode (%s)", name, failures, reason)
+        words = reason(last)
+        logger.warning("the video %s is damaged: %d packets did not decode (%s)", name, failures, words)
 
 
 def _to_rgb(frame: Any, reformatter: VideoReformatter, size: tuple[int, int]) -> np.ndarray:
@@ -249,7 +294,10 @@ def _to_rgb(frame: Any, reformatter: VideoReformatter, size: tuple[int, int]) ->
 
 
 def _orientation(frame: Any) -> tuple[bool, bool, bool]:
-    """Whether to swap the axes, then to mirror left-right, then top-bottom: the frame's display matrix."""
+    """Whether to swap the axes, then to mirror left-right, then top-bottom: the frame's display matrix.
+
+    PyAV's ``frame.rotation`` would not do: it is without the mirroring of a phone's front camera.
+    """
     side_data = frame.side_data.get("DISPLAYMATRIX")
     if side_data is None:
         return False, False, False
@@ -267,18 +315,13 @@ def _orient(pixels: np.ndarray, orientation: tuple[bool, bool, bool]) -> np.ndar
     return pixels[:: -1 if flip else 1, :: -1 if mirror else 1]
 
 
-def _frame_rate(stream: Any, times: list[Fraction], name: str) -> float:
-    """Frames per second: the file's own average unless the frames' times contradict it."""
-    span = times[-1] - times[0] if times else 0
-    measured = float((len(times) - 1) / span) if span > 0 else 0.0
+def _frame_rate(stream: Any, measured: float) -> float | None:
+    """Frames per second: the file's own average, unless the rate by the frames' times, if known, differs."""
     for rate in (stream.average_rate, stream.guessed_rate):
         # Times are often rounded to milliseconds: the stated rate is the better one if they agree.
         if _plausible(rate) and (not measured or math.isclose(float(rate), measured, rel_tol=0.05)):
             return float(rate)
-    if _plausible(measured):
-        return measured
-    logger.info("the video %s does not tell its frame rate; taken as %g", name, ASSUMED_FPS)
-    return ASSUMED_FPS
+    return measured if _plausible(measured) else None
 
 
 def _plausible(rate: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any, Iterable, Iterator, Mapping
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from ..errors import InvalidInputError
 from ..media.preprocessing import VideoTransform
-from ..media.video import Video, read_video
+from ..media.video import Video, open_video
 from ..samplers.sdedit import (
     BrownianNoise,
     SDEditSchedule,
@@ -75,12 +76,16 @@ class VideoToVideo(Stage):
 
     def generate(self, video: Any, request: Request, progress: Progress) -> GeneratedVideo:
         """Generate the sharper video of a video, as of ``forward``."""
-        with progress.phase("reading"):
-            # One frame too many is enough to refuse the video: the rest need not be read.
-            if not isinstance(video, Video):
-                video = read_video(video, max_frames=self.settings.limit_frames + 1)
-        frames = (self.transform([frame])[0] for frame in video.frames)
-        return self.generate_from_frames(frames, video.metadata, request, progress)
+        with ExitStack() as stack:
+            if isinstance(video, Video):
+                frames, metadata = video.frames, video.metadata
+            else:
+                # One frame too many is enough to refuse the video: the rest need not be read.
+                with progress.phase("reading"):
+                    reader = stack.enter_context(open_video(video, self.settings.limit_frames + 1))
+                frames, metadata = reader, reader.metadata
+            tensors = (self.transform([frame])[0] for frame in frames)
+            return self.generate_from_frames(tensors, metadata, request, progress)
 
     def generate_from_frames(
         self,

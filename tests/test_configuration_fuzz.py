@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 
 from modelscope_i2v.errors import ConfigurationError, MissingFileError
-from modelscope_i2v.settings.configuration import RULES, SETTINGS_OF_STAGE, load_settings
+from modelscope_i2v.settings.configuration import load_settings
+from modelscope_i2v.settings.stages import SETTINGS_OF_STAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = tuple(SETTINGS_OF_STAGE)
+RULES = {name: each.rule for stage in SETTINGS_OF_STAGE.values() for name, each in stage.declared().items()}
 PARTS = {
     "UNet": (
         "in_dim", "dim", "y_dim", "context_dim", "out_dim", "num_heads", "head_dim", "num_res_blocks",

@@ -11,7 +11,8 @@ from modelscope_i2v.engine import denoising
 from modelscope_i2v.engine.denoising import guided_velocity
 from modelscope_i2v.models.unet import UNet, UNetConfig
 from modelscope_i2v.settings.configuration import ImageToVideoSettings
-from modelscope_i2v.settings.request import Request, check_keywords
+from modelscope_i2v.settings.keywords import check_keywords
+from modelscope_i2v.settings.request import Request
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from modelscope_i2v import cli
-from modelscope_i2v.settings.configuration import RULES, SETTINGS_OF_STAGE
+from modelscope_i2v.settings.stages import SETTINGS_OF_STAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RELIABILITY = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+RULES = {name for settings in SETTINGS_OF_STAGE.values() for name in settings.names()}
 ARCHITECTURES = {"UNet", "auto_encoder", "embedder"}
 
 

@@ -12,11 +12,13 @@ from live_memory import LiveMemory, flash_attention
 from tiny_networks import channels_last
 
 from modelscope_i2v.engine.memory.estimate import chunk_of, estimate_memory, memory_in_words
+from modelscope_i2v.engine.memory.limits import check_limits
 from modelscope_i2v.engine.precision import precision_name
 from modelscope_i2v.errors import InvalidInputError
 from modelscope_i2v.models.unet import UNet, UNetConfig
 from modelscope_i2v.settings.configuration import ImageToVideoSettings, VideoToVideoSettings, load_settings
-from modelscope_i2v.settings.request import Request, check_keywords
+from modelscope_i2v.settings.keywords import check_keywords
+from modelscope_i2v.settings.request import Request
 
 ONE, TWO = ImageToVideoSettings, VideoToVideoSettings
 GIB = 2**30
@@ -24,7 +26,7 @@ GIB = 2**30
 
 def requested(settings, frames=None, **keywords) -> Request:
     request = Request.resolve(settings, check_keywords(settings.stage, keywords))
-    request.check_limits(settings, frames)
+    check_limits(settings, request, frames)
     return request
 
 

@@ -125,7 +125,7 @@ def test_refused_refinements(small_model, both, picture, tmp_path):
     calls = []
     for keywords, message in (
         ({"refine_steps": 0}, "steps: got 0"),
-        ({"refine_stepz": 1}, "no keyword 'stepz'; did you mean 'steps'"),
+        ({"refine_stepz": 1}, "no keyword 'refine_stepz'; did you mean 'refine_steps'"),
         ({"total_noise_levels": 0}, "total_noise_levels: got 0"),
     ):
         with pytest.raises(InvalidInputError, match=message):

@@ -28,7 +28,7 @@ def _seeds(text: str) -> list[int]:
 
 def _preview(arguments: argparse.Namespace) -> None:
     from ..media.images import open_image
-    from ..settings.request import check_keywords
+    from ..settings.keywords import check_keywords
 
     for seed in arguments.seeds:
         check_keywords("image-to-video", {"seed": seed})

@@ -38,8 +38,10 @@ class Stage:
         Raises:
             I2VError: for a model that is not there, or keywords that are not allowed.
         """
+        from ..engine.memory.limits import check_limits
         from ..settings.configuration import SETTINGS_OF_STAGE, load_settings
-        from ..settings.request import Request, check_keywords
+        from ..settings.keywords import check_keywords
+        from ..settings.request import Request
         from ..weights import find_checkpoint
 
         keywords = check_keywords(self.task, self.keywords)
@@ -50,10 +52,11 @@ class Stage:
                 raise MissingFileError(
                     f"there is no folder {self.model!r}, nor is it an id on the hub, which is owner/name"
                 )
-            Request.resolve(SETTINGS_OF_STAGE[self.task](**overrides), keywords)
+            settings = SETTINGS_OF_STAGE[self.task](**overrides)
+            check_limits(settings, Request.resolve(settings, keywords))
             return
         settings = load_settings(self.model, self.task, overrides)
-        Request.resolve(settings, keywords)
+        check_limits(settings, Request.resolve(settings, keywords))
         for name in _CHECKPOINTS:
             find_checkpoint(self.model, getattr(settings, name))
 

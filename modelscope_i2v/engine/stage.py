@@ -16,8 +16,9 @@ from ..models.attention import select_attention
 from ..models.layers import in_channels_last
 from ..samplers.velocity import Velocity
 from ..settings.configuration import StageSettings, load_settings
+from ..settings.keywords import check_keywords
 from ..settings.record import configuration_sha256, record, to_metadata
-from ..settings.request import Request, check_keywords
+from ..settings.request import Request
 from ..weights import load_weights
 from ..weights.parts import stage_parts
 from .compilation import CompiledBlocks
@@ -26,6 +27,7 @@ from .devices import device_of, placed_on, resolve_device
 from .generated import GeneratedVideo
 from .latents import decode_latents, latent_size
 from .memory.estimate import choose_low_memory, chunk_of
+from .memory.limits import check_limits
 from .memory.out_of_memory import OutOfMemory, is_out_of_memory, not_enough
 from .precision import precision_name, select_dtype
 from .progress import Progress
@@ -110,7 +112,9 @@ class Stage(nn.Module):
         """
         checked = check_keywords(self.name, keywords)
         progress = Progress(checked.pop("callback", None), checked.pop("progress", None))
-        return Request.resolve(self.settings, checked), progress
+        request = Request.resolve(self.settings, checked)
+        check_limits(self.settings, request)
+        return request, progress
 
     def decode(
         self, latents: Tensor, request: Request, progress: Progress | None = None, to_uint8: bool = False

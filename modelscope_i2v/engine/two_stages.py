@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable
 
 from ..errors import ConfigurationError, InvalidInputError
 from ..settings.configuration import SECOND_STAGE_SECTION, read_configuration
-from ..settings.request import keywords_of
+from ..settings.keywords import split_keywords
 from .generated import GeneratedVideo
 from .image_to_video import ImageToVideo
 from .video_to_video import VideoToVideo
-
-#: Keywords that go to both stages.
-_SHARED = ("seed", "fps", "callback", "progress", "generator")
 
 
 class TwoStages:
@@ -81,16 +78,3 @@ class TwoStages:
 def describes_second_stage(folder: str | Path) -> bool:
     """Return whether a stage-one folder's configuration describes stage two as well."""
     return SECOND_STAGE_SECTION in read_configuration(folder)
-
-
-def split_keywords(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return stage one's and stage two's keywords out of those of a call for both."""
-    of_first = keywords_of(ImageToVideo.name)
-    first: dict[str, Any] = {}
-    second: dict[str, Any] = {name: keywords[name] for name in _SHARED if name in keywords}
-    for name, value in keywords.items():
-        if name in of_first:
-            first[name] = value
-        else:
-            second[name[len("refine_") :] if name.startswith("refine_") else name] = value
-    return first, second

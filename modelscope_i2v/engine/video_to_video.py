@@ -25,6 +25,7 @@ from ..settings.request import Request
 from .devices import placed_on
 from .generated import GeneratedVideo
 from .latents import draw_noise, encode_frames, sample_latents
+from .memory.limits import check_limits
 from .progress import Progress
 from .stage import Stage, replacement
 
@@ -177,7 +178,7 @@ class VideoToVideo(Stage):
         count = 0
         for count, frame in enumerate(frames, start=1):
             if count > self.settings.limit_frames:
-                request.check_limits(self.settings, count)
+                check_limits(self.settings, request, count)
             yield frame
         if not count:
             raise InvalidInputError("video_data: has no frame")

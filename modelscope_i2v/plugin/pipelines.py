@@ -13,13 +13,15 @@ from modelscope.utils.logger import get_logger
 from ..engine.devices import device_of
 from ..engine.generated import GeneratedVideo
 from ..engine.progress import Progress
-from ..engine.two_stages import describes_second_stage, split_keywords
+from ..engine.two_stages import describes_second_stage
 from ..errors import ConfigurationError, InvalidInputError
 from ..media.contact_sheet import contact_sheet
 from ..media.video import check_writable
 from ..settings.configuration import SETTINGS_OF_STAGE
-from ..settings.request import Request, check_keywords, keywords_of
+from ..settings.keywords import check_keywords, keywords_of, split_keywords
+from ..settings.request import Request
 from ..settings.rules import integer, nearest, optional
+from ..settings.stages import loading_settings
 from .models import ImageToVideoModel, StageModel, VideoToVideoModel
 from .preprocessors import ImageToVideoPreprocessor, VideoToVideoPreprocessor
 from .registration import (
@@ -33,7 +35,7 @@ from .registration import (
 logger = get_logger()
 
 #: Settings that concern how a stage is loaded.
-_LOADING = ("precision", "attention", "low_memory", "compile")
+_LOADING = tuple(loading_settings())
 
 
 class StagePipeline(Pipeline):
@@ -127,6 +129,7 @@ class StagePipeline(Pipeline):
 
     def _resolve(self, keywords: Mapping[str, Any]) -> tuple[Request, Progress]:
         windows = {"chunk_size": self.chunk_size, "overlap_size": self.overlap_size}
+        windows = check_keywords(self.model_class.stage_class.name, windows)  # without those that are None
         return self.model.stage.resolve({**self._defaults, **windows, **keywords})
 
     def preprocess(self, input: Any, **keywords: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The settings of a stage: read from a model folder's ``configuration.json``, typed and checked.
+"""A model folder's ``configuration.json``, read into one typed and checked object.
 
-Every setting has its reference value as default. The same rules check a value in the file, one given as a
-keyword, and one assigned later (``pipe.model.cfg.max_frames = 100``).
+The same rules check a value in the file, one given as a keyword, and one assigned later
+(``pipe.model.cfg.max_frames = 100``).
 """
 
 from __future__ import annotations
@@ -9,86 +9,40 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from dataclasses import dataclass, field
+import stat
 from pathlib import Path
-from typing import Any, ClassVar, Mapping
+from typing import Any, Mapping
 
-from ..errors import ConfigurationError, MissingFileError
-from ..models.attention import ATTENTION_CHOICES
+from ..errors import ConfigurationError, MissingFileError, describe
 from ..models.autoencoder import AutoencoderConfig
 from ..models.clip import LAYER_CHOICES, ClipConfig
-from ..models.unet import UNetConfig
 from .rules import (
     Rule,
-    boolean,
-    boolean_or,
     choice,
     did_you_mean,
     integer,
-    interval,
     list_of,
-    mapping,
     number,
     optional,
-    size,
     text,
+    unique_keys,
+)
+from .stages import (  # noqa: F401
+    PRECISION_CHOICES,
+    SETTINGS_OF_STAGE,
+    VIDEO_TO_VIDEO,
+    ImageToVideoSettings,
+    StageSettings,
+    VideoToVideoSettings,
 )
 
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "configuration.json"
+_MOST_BYTES = 2**20
 
 #: In a folder that holds both stages, the section of the file that describes the second.
 SECOND_STAGE_SECTION = "video_to_video"
-
-PRECISION_CHOICES = ("auto", "fp32", "fp16", "bf16")
-SOLVER_MODE_CHOICES = ("fast", "normal")
-SOLVER_CHOICES = ("ddim", "dpmpp")
-
-DEFAULT_POSITIVE_PROMPT = (
-    ", cinematic, High Contrast, highly detailed, unreal engine, taken using a Canon EOS R camera, "
-    "hyper detailed photo - realistic maximum detail, 32k, Color Grading, ultra HD, extreme meticulous "
-    "detailing, skin pore detailing, hyper sharpness, perfect without deformations, "
-    "Unreal Engine 5, 4k render"
-)
-DEFAULT_NEGATIVE_PROMPT = (
-    "worst quality, normal quality, low quality, low res, blurry, text, watermark, logo, banner, "
-    "extra digits, cropped, jpeg artifacts, signature, username, error, sketch ,duplicate, ugly, "
-    "monochrome, horror, geometry, mutation, disgusting"
-)
-
-#: What each setting may be. Names are those of ``configuration.json`` and of the keywords.
-RULES: dict[str, Rule] = {
-    "ckpt_clip": text(non_empty=True),
-    "ckpt_unet": text(non_empty=True),
-    "ckpt_autoencoder": text(non_empty=True),
-    "seed": optional(integer(0, 2**63 - 1)),
-    "steps": optional(integer(1, 1000)),
-    "batch_size": integer(1, 1024),
-    "target_fps": integer(1, 240),
-    "max_frames": integer(1, 100_000),
-    "latent_hei": integer(1, 1024),
-    "latent_wid": integer(1, 1024),
-    "resolution": optional(size(8, 8192)),
-    "guide_scale": number(0, 100),
-    "guide_rescale": number(0, 1),
-    "noise_strength": number(0, 10),
-    "total_noise_levels": integer(1, 999),
-    "solver_mode": choice(*SOLVER_MODE_CHOICES),
-    "solver": choice(*SOLVER_CHOICES),
-    "guidance_interval": optional(interval(0, 999)),
-    "reuse_interval": integer(1, 100),
-    "positive_prompt": text(),
-    "negative_prompt": text(),
-    "decoder_bs": integer(1, 4096),
-    "precision": choice(*PRECISION_CHOICES),
-    "attention": choice(*ATTENTION_CHOICES),
-    "low_memory": boolean_or("auto"),
-    "compile": boolean(),
-    "limit_pixels": integer(64, 8192 * 8192),
-    "limit_frames": integer(1, 100_000),
-    "limit_steps": integer(1, 1000),
-}
 
 _POSITIVE = integer(1, 65_536)
 _UNET_RULES: dict[str, Rule] = {
@@ -110,7 +64,7 @@ _AUTOENCODER_RULES: dict[str, Rule] = {
 }
 _EMBEDDER_RULES: dict[str, Rule] = {
     "arch": text(non_empty=True),
-    "model_cfg": optional(mapping()),
+    "model_cfg": optional(Rule("object")),
     "layer": choice(*LAYER_CHOICES),
 }
 
@@ -125,104 +79,16 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-@dataclass
-class StageSettings:
-    """The settings that both stages have. Assigning one checks it; one object belongs to one model."""
-
-    stage: ClassVar[str]
-
-    ckpt_unet: str = ""
-    ckpt_clip: str = "open_clip_pytorch_model.bin"
-    ckpt_autoencoder: str = "v2-1_512-ema-pruned.ckpt"
-    seed: int | None = None
-    steps: int | None = None
-    batch_size: int = 1
-    target_fps: int = 8
-    max_frames: int = 32
-    latent_hei: int = 32
-    latent_wid: int = 56
-    resolution: tuple[int, int] | None = None
-    guide_scale: float = 3.0
-    decoder_bs: int = 8
-    precision: str = "auto"
-    attention: str = "auto"
-    low_memory: bool | str = "auto"
-    compile: bool = False
-    # Approximations: by default there are none.
-    guidance_interval: tuple[int, int] | None = None
-    reuse_interval: int = 1
-    # What a call may ask for at most, so that a slip of a digit is an error and not a full memory.
-    limit_pixels: int = 4096 * 2304
-    limit_frames: int = 1024
-    limit_steps: int = 1000
-    unet: UNetConfig = field(default_factory=UNetConfig)
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    clip: ClipConfig = field(default_factory=ClipConfig)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        names = [each.name for each in dataclasses.fields(self)]
-        if name not in names:
-            raise ConfigurationError(f"{self.stage} has no setting {name!r}{did_you_mean(name, names)}")
-        rule = RULES.get(name)
-        super().__setattr__(name, value if rule is None else rule.check(name, value, ConfigurationError))
-
-    @classmethod
-    def names(cls) -> list[str]:
-        """Names of the settings that a file or a keyword may give, architectures left out."""
-        return [each.name for each in dataclasses.fields(cls) if each.name in RULES]
-
-    @property
-    def frame_size(self) -> tuple[int, int]:
-        """(width, height) of the video in pixels: ``resolution``, or what the latent's size comes to."""
-        scale = self.autoencoder.downscale
-        return self.resolution or (self.latent_wid * scale, self.latent_hei * scale)
-
-
-@dataclass
-class ImageToVideoSettings(StageSettings):
-    """The settings of stage one."""
-
-    stage: ClassVar[str] = "image-to-video"
-
-    ckpt_unet: str = "base_03_alldata_fps_v_80g_0789000.pth"
-    noise_strength: float = 0.1
-    solver: str = "ddim"
-
-
-@dataclass
-class VideoToVideoSettings(StageSettings):
-    """The settings of stage two."""
-
-    stage: ClassVar[str] = "video-to-video"
-
-    ckpt_unet: str = "non_ema_0035000.pth"
-    latent_hei: int = 90
-    latent_wid: int = 160
-    guide_scale: float = 7.5
-    guide_rescale: float = 0.2
-    total_noise_levels: int = 600
-    solver_mode: str = "fast"
-    positive_prompt: str = DEFAULT_POSITIVE_PROMPT
-    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
-    decoder_bs: int = 2
-    unet: UNetConfig = field(default_factory=lambda: UNetConfig(image_conditioned=False, row_padding=2))
-
-
-SETTINGS_OF_STAGE: dict[str, type[StageSettings]] = {
-    settings.stage: settings for settings in (ImageToVideoSettings, VideoToVideoSettings)
-}
-
-
 def read_configuration(folder: str | Path) -> dict[str, Any]:
-    """The contents of a model folder's ``configuration.json``.
+    """Return the contents of a model folder's ``configuration.json``.
 
     Raises:
         MissingFileError: if the folder or the file is not there.
-        ConfigurationError: if it is not JSON, or not an object.
+        ConfigurationError: if it is not JSON, not an object, has a key twice, or is no file of sensible size.
     """
     path = Path(folder) / FILE_NAME
     try:
-        contents = json.loads(path.read_text(encoding="utf-8-sig"))
+        contents = json.loads(_read_text(path), object_pairs_hook=unique_keys)
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "there is no such file" if Path(folder).is_dir() else "there is no such folder"
         raise MissingFileError(
@@ -244,23 +110,34 @@ def read_configuration(folder: str | Path) -> dict[str, Any]:
     return contents
 
 
+def _read_text(path: Path) -> str:
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for, a device has no end
+        raise ConfigurationError(f"{path}: is not an ordinary file")
+    with path.open("rb") as file:
+        data = file.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        raise ConfigurationError(f"{path}: is larger than {_MOST_BYTES:,} bytes, which no configuration is")
+    return data.decode("utf-8-sig")
+
+
 def stages_in(contents: Mapping[str, Any]) -> list[str]:
-    """The stages that a ``configuration.json`` describes."""
+    """Return the stages that a ``configuration.json`` describes."""
     stages = [stage for stage in SETTINGS_OF_STAGE if stage == contents.get("task")]
     if SECOND_STAGE_SECTION in contents:
-        stages.append(VideoToVideoSettings.stage)
+        stages.append(VIDEO_TO_VIDEO)
     return list(dict.fromkeys(stages))
 
 
 def section_of(contents: Mapping[str, Any], stage: str) -> str:
-    """Where a ``configuration.json`` describes a stage."""
+    """Return the key of the section in which a ``configuration.json`` describes a stage."""
     return "model" if contents.get("task") == stage else SECOND_STAGE_SECTION
 
 
 def load_settings(
     folder: str | Path, stage: str, overrides: Mapping[str, Any] | None = None
 ) -> StageSettings:
-    """The settings of one stage: the file's, over the reference values, under the keywords'.
+    """Return the settings of one stage: the file's, over the reference values, under the keywords'.
 
     Args:
         folder: the model folder.
@@ -288,29 +165,28 @@ def load_settings(
 def _object(parent: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = parent.get(name, {})
     if not isinstance(value, dict):
-        raise ConfigurationError(f"{name}: an object is needed, got {value!r}")
+        raise ConfigurationError(f"{name}: an object is needed, got {describe(value)}")
     return value
 
 
 def _merged(model: dict[str, Any], section: str) -> dict[str, Any]:
-    """One flat object from ``model_args`` and ``model_cfg``, in either of which a setting may stand."""
-    given: dict[str, Any] = {}
+    """Return one flat object of ``model_args`` and ``model_cfg``, in either of which a setting may stand."""
+    values: dict[str, Any] = {}
     for part in ("model_args", "model_cfg"):
         for name, value in _object(model, part).items():
             name = "seed" if name == "Seed" else name
-            if name in given and given[name] != value:
-                raise ConfigurationError(
-                    f"{section}: {name} is given twice, as {given[name]!r} and as {value!r}"
-                )
-            given[name] = value
-    if "resolution" in given and {"latent_wid", "latent_hei"} & given.keys():
-        logger.info("resolution %s goes before latent_wid and latent_hei", given["resolution"])
-    return given
+            if name in values and values[name] != value:
+                both = f"{describe(values[name])} and as {describe(value)}"
+                raise ConfigurationError(f"{section}: {name} is given twice, as {both}")
+            values[name] = value
+    if "resolution" in values and {"latent_wid", "latent_hei"} & values.keys():
+        logger.info("resolution %s goes before latent_wid and latent_hei", values["resolution"])
+    return values
 
 
-def _parse(given: dict[str, Any], settings_type: type[StageSettings], path: Path) -> StageSettings:
+def _parse(entries: dict[str, Any], settings_type: type[StageSettings], path: Path) -> StageSettings:
     values: dict[str, Any] = {}
-    for name, value in given.items():
+    for name, value in entries.items():
         if name == "UNet":
             values["unet"] = dataclasses.replace(
                 settings_type().unet, **_section(name, value, _UNET_RULES, path)
@@ -330,7 +206,7 @@ def _parse(given: dict[str, Any], settings_type: type[StageSettings], path: Path
 
 
 def _check_parts_fit(settings: StageSettings) -> None:
-    """What the parts hand to each other must be of one size."""
+    """Refuse parts that hand each other what is not of one size."""
     unet, clip = settings.unet, settings.clip
     embedding = clip.embed_dim if unet.image_conditioned else clip.text_width
     pairs = (
@@ -344,9 +220,9 @@ def _check_parts_fit(settings: StageSettings) -> None:
 
 
 def _section(name: str, value: Any, rules: dict[str, Rule], path: Path) -> dict[str, Any]:
-    """The checked entries of an architecture's section."""
+    """Return the checked entries of an architecture's section."""
     if not isinstance(value, dict):
-        raise ConfigurationError(f"{name}: an object is needed, got {value!r}")
+        raise ConfigurationError(f"{name}: an object is needed, got {describe(value)}")
     checked = {}
     for key, entry in value.items():
         if key in rules:

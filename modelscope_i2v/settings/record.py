@@ -8,38 +8,26 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from .. import __version__
-from ..errors import InvalidInputError
-from .configuration import FILE_NAME, SETTINGS_OF_STAGE, VideoToVideoSettings
-from .request import Request, check_keywords
+from ..errors import InvalidInputError, describe
+from .configuration import FILE_NAME
+from .keywords import check_keywords
+from .request import Request, computed_settings
+from .stages import SETTINGS_OF_STAGE, VIDEO_TO_VIDEO
+
+#: Entries of a record beside the request's keywords.
+_BESIDE = ("stage", "model", "configuration_sha256", "precision", "mode", "software")
 
 #: Under this name a refined video's file holds stage one's record, as JSON.
 FIRST_STAGE = "first_stage"
 
-#: Call keywords by the request's field that records them.
-_RECORDED = {
-    "seed": "seed", "steps": "steps", "guide_scale": "guide_scale", "size": "resolution", "fps": "fps",
-    "frames": "max_frames", "window": "chunk_size", "overlap": "overlap_size",
-    "guidance_interval": "guidance_interval", "reuse_interval": "reuse_interval",
-}  # fmt: skip
-_RECORDED_BY_STAGE = {
-    "image-to-video": {"noise_strength": "noise_strength", "solver": "solver"},
-    "video-to-video": {
-        name: name
-        for name in (
-            "text", "positive_prompt", "negative_prompt", "total_noise_levels", "solver_mode",
-            "guide_rescale",
-        )
-    },
-}  # fmt: skip
-
 
 def configuration_sha256(model_dir: str | Path) -> str:
-    """Of a model folder's ``configuration.json``, as hexadecimal digits."""
+    """Return the SHA-256 of a model folder's ``configuration.json``, as hexadecimal digits."""
     return hashlib.sha256((Path(model_dir) / FILE_NAME).read_bytes()).hexdigest()
 
 
 def record(request: Request, model_dir: str | Path, configuration: str, precision: str) -> dict[str, Any]:
-    """What a video's file says of how it was made, by name: enough to make it again.
+    """Return what a video's file says of how it was made, by name: enough to make it again.
 
     Besides the request's keywords: ``stage``, ``model`` (the folder's name), ``configuration_sha256`` of
     its file, given as ``configuration``, ``precision``, ``mode`` (``exact``, or what was approximated) and
@@ -47,10 +35,9 @@ def record(request: Request, model_dir: str | Path, configuration: str, precisio
     """
     # A name that is not UTF-8 could not be written into the file.
     folder = Path(model_dir).resolve().name.encode("utf-8", "replace").decode("utf-8")
-    fields = {**_RECORDED, **_RECORDED_BY_STAGE[request.stage]}
     return {
         "stage": request.stage,
-        **{keyword: getattr(request, name) for name, keyword in fields.items()},
+        **request.keywords(),
         "model": folder,
         "configuration_sha256": configuration,
         "precision": precision,
@@ -60,14 +47,16 @@ def record(request: Request, model_dir: str | Path, configuration: str, precisio
 
 
 def to_metadata(entries: Mapping[str, Any]) -> dict[str, str]:
-    """A record as a video file's metadata: texts as they are, all else as JSON."""
+    """Return a record as a video file's metadata: texts as they are, all else as JSON."""
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()}
 
 
 def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The record in a video file's metadata; empty where the file is not one of ours."""
+    """Return the record in a video file's metadata; empty where the file is not one of ours."""
     if not metadata.get("software", "").startswith("modelscope_i2v "):
         return {}
+    declared = [each for stage in SETTINGS_OF_STAGE for each in computed_settings(stage).values()]
+    texts = {*_BESIDE, *(each.keyword for each in declared if each.rule.kind in ("text", "choice"))}
     entries: dict[str, Any] = {}
     for name, value in metadata.items():
         try:
@@ -75,18 +64,12 @@ def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
         except (ValueError, RecursionError):  # nested thousands of brackets deep
             parsed = value
         # A text that looks like JSON, say a prompt "3", is a text all the same.
-        entries[name] = value if name in _TEXTS else parsed
+        entries[name] = value if name in texts else parsed
     return entries
 
 
-_TEXTS = {
-    "stage", "model", "software", "precision", "mode", "configuration_sha256", "solver_mode", "solver",
-    "text", "positive_prompt", "negative_prompt",
-}  # fmt: skip
-
-
 def keywords_like(metadata: Mapping[str, str], name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The call keywords that made a video: stage one's, and stage two's if it was refined, else None.
+    """Return the call keywords that made a video: stage one's, and stage two's if it was refined, else None.
 
     Args:
         metadata: of the file.
@@ -98,7 +81,7 @@ def keywords_like(metadata: Mapping[str, str], name: str) -> tuple[dict[str, Any
     entries = from_metadata(metadata)
     if not entries:
         raise InvalidInputError(f"{name}: says nothing of how it was made: it is not a file of this package")
-    if entries["stage"] == VideoToVideoSettings.stage:
+    if entries.get("stage") == VIDEO_TO_VIDEO:
         if FIRST_STAGE not in entries:
             raise InvalidInputError(f"{name}: was made from another video, not from an image")
         return _keywords(entries[FIRST_STAGE], name), _keywords(entries, name)
@@ -107,9 +90,9 @@ def keywords_like(metadata: Mapping[str, str], name: str) -> tuple[dict[str, Any
 
 def _keywords(entries: Any, name: str) -> dict[str, Any]:
     stage = entries.get("stage") if isinstance(entries, dict) else None
-    if stage not in SETTINGS_OF_STAGE:
-        raise InvalidInputError(f"{name}: its record names no stage, got {stage!r}")
-    known = {*_RECORDED.values(), *_RECORDED_BY_STAGE[stage].values()}
+    if stage not in list(SETTINGS_OF_STAGE):  # which, in a damaged file, may be unhashable
+        raise InvalidInputError(f"{name}: its record names no stage, got {describe(stage)}")
+    known = {each.keyword for each in computed_settings(stage).values()}
     try:
         return check_keywords(stage, {key: value for key, value in entries.items() if key in known})
     except InvalidInputError as error:

@@ -1,92 +1,34 @@
-"""One generation's request: what the settings say, under what the pipeline's and the call's keywords say.
-
-Pipelines and the command line make their requests here, so that they cannot drift apart.
-"""
+"""One generation's request: what the settings say, under what the call's keywords say."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import secrets
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping
+from typing import Any, Mapping
 
-import torch
-from torch import Tensor
-
-from ..engine.memory.estimate import memory_in_words
 from ..errors import InvalidInputError
-from .configuration import RULES, StageSettings, VideoToVideoSettings
-from .rules import Rule, boolean, did_you_mean, function, integer, optional, text
-
-#: Called after each step with (step, timestep or noise level, latents [B, 4, F, h, w]).
-StepCallback = Callable[[int, float, Tensor], None]
-
-
-def _generator_rule() -> Rule:
-    def convert(value: Any) -> torch.Generator:
-        if not isinstance(value, torch.Generator):
-            raise TypeError
-        return value
-
-    return Rule("a torch.Generator", convert)
-
-
-#: What a call may give, by keyword or, for what concerns the video's content, in its input dict.
-KEYWORD_RULES: dict[str, Rule] = {
-    **{
-        name: optional(RULES[name])
-        for name in (
-            "seed", "steps", "guide_scale", "guide_rescale", "noise_strength", "total_noise_levels",
-            "solver_mode", "solver", "guidance_interval", "reuse_interval", "positive_prompt",
-            "negative_prompt", "max_frames", "resolution", "target_fps",
-        )
-    },
-    "fps": optional(RULES["target_fps"]),
-    "text": optional(text()),
-    "chunk_size": optional(integer(2, 100_000)),
-    "overlap_size": optional(integer(0, 100_000)),
-    "generator": optional(_generator_rule()),
-    "callback": optional(function()),
-    "progress": optional(boolean()),
-}  # fmt: skip
+from .rules import choice, unique_keys
+from .stages import SETTINGS_OF_STAGE, Setting, StageSettings, call_settings
 
 #: By solver, of stage two or of stage one.
 _REFERENCE_STEPS = {"fast": 30, "normal": 50, "ddim": 50, "dpmpp": 25}
 
-#: Keywords that only one of the stages knows.
-_STAGE_TWO_ONLY = {
-    "text", "positive_prompt", "negative_prompt", "total_noise_levels", "guide_rescale", "solver_mode",
-}  # fmt: skip
-_STAGE_ONE_ONLY = {"noise_strength", "solver"}
 
-
-def keywords_of(stage: str) -> list[str]:
-    """The keywords that a call of a stage's pipeline takes, beside ``output_video`` and ``batch_size``."""
-    other = _STAGE_ONE_ONLY if stage == VideoToVideoSettings.stage else _STAGE_TWO_ONLY
-    return sorted(KEYWORD_RULES.keys() - other)
-
-
-def check_keywords(stage: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """The keywords that were given (None counts as not given), each in its proper type.
-
-    Raises:
-        InvalidInputError: for an unknown keyword or a value that is not allowed, naming what is.
-    """
-    known = keywords_of(stage)
-    checked = {}
-    for name, value in keywords.items():
-        if name not in known:
-            known = ["output_video", "batch_size", *known]
-            raise InvalidInputError(f"{stage} has no keyword {name!r}{did_you_mean(name, known)}")
-        value = KEYWORD_RULES[name].check(name, value, InvalidInputError)
-        if value is not None:
-            checked["target_fps" if name == "fps" else name] = value
-    return checked
+def computed_settings(stage: str) -> dict[str, Setting]:
+    """Return the declarations of what a stage's request holds, by the request's field."""
+    return {each.request_field: each for each in call_settings(stage).values() if each.request_field}
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one generation computes. ``size`` is (width, height) in pixels, ``window`` in frames."""
+    """What one generation computes, and nothing else: its callback and progress travel beside it.
+
+    ``size`` is (width, height) in pixels; ``window`` and ``overlap`` are in frames. The fields are those that
+    the settings' declarations name, in the order in which they are recorded; what a stage has not is left at
+    its default.
+    """
 
     stage: str
     seed: int
@@ -97,99 +39,85 @@ class Request:
     frames: int
     window: int
     overlap: int
-    guide_rescale: float = 0.0
-    noise_strength: float = 0.0
-    total_noise_levels: int = 0
-    solver_mode: str = ""
-    solver: str = ""
     guidance_interval: tuple[int, int] | None = None
     reuse_interval: int = 1
+    noise_strength: float = 0.0
+    solver: str = ""
     text: str = ""
     positive_prompt: str = ""
     negative_prompt: str = ""
-    callback: StepCallback | None = dataclasses.field(default=None, compare=False)
-    progress: bool | None = dataclasses.field(default=None, compare=False)
+    total_noise_levels: int = 0
+    solver_mode: str = ""
+    guide_rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.overlap >= self.window:
+            raise InvalidInputError(
+                f"overlap_size: got {self.overlap}, allowed is less than the {self.window} frames of a chunk"
+            )
 
     @classmethod
     def resolve(cls, settings: StageSettings, keywords: Mapping[str, Any] | None = None) -> Request:
-        """The request that ``keywords`` (checked by ``check_keywords``) make of a model's settings.
+        """Return the request that ``keywords`` (checked by ``check_keywords``) make of a model's settings.
 
         Raises:
-            InvalidInputError: if it goes beyond the settings' limits, or its windows cannot be laid out.
+            InvalidInputError: if its windows cannot be laid out.
         """
-        keywords = dict(keywords or {})
-        generator = keywords.pop("generator", None)
-        if generator is not None and "seed" not in keywords:
-            # A seed of its own, so that the seed that is reported reproduces this very video.
-            draw = torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device)
-            keywords["seed"] = int(draw)
+        keywords = keywords or {}
 
-        def value(name: str, default: Any = None) -> Any:
-            return keywords.get(name, getattr(settings, name, default))
+        def value(name: str) -> Any:
+            return keywords.get(name, getattr(settings, name, None))
 
-        seed = value("seed")
-        steps = value("steps") or _REFERENCE_STEPS[value("solver_mode") or value("solver")]
-        window = keywords.get("chunk_size", value("max_frames"))
-        overlap = keywords.get("overlap_size", window // 4)
-        if overlap >= window:
-            raise InvalidInputError(
-                f"overlap_size: got {overlap}, allowed is less than the {window} frames of a chunk"
-            )
-        request = cls(
-            stage=settings.stage,
-            seed=secrets.randbelow(2**32) if seed is None else seed,
-            steps=steps,
-            guide_scale=value("guide_scale"),
-            size=keywords.get("resolution", settings.frame_size),
-            fps=value("target_fps"),
-            frames=value("max_frames"),
-            window=window,
-            overlap=overlap,
-            guide_rescale=value("guide_rescale", 0.0),
-            noise_strength=value("noise_strength", 0.0),
-            total_noise_levels=value("total_noise_levels", 0),
-            solver_mode=value("solver_mode", ""),
-            solver=value("solver", ""),
-            guidance_interval=value("guidance_interval"),
-            reuse_interval=value("reuse_interval"),
-            text=value("text", ""),
-            positive_prompt=value("positive_prompt", ""),
-            negative_prompt=value("negative_prompt", ""),
-            callback=keywords.get("callback"),
-            progress=keywords.get("progress"),
-        )
-        request.check_limits(settings)
-        return request
+        declared = computed_settings(settings.stage)
+        values = {field: value(each.name) for field, each in declared.items()}
+        values["seed"] = _seed(values["seed"], keywords)
+        values["steps"] = values["steps"] or _REFERENCE_STEPS[value("solver_mode") or value("solver")]
+        values["size"] = values["size"] or settings.frame_size
+        values["window"] = values["window"] or values["frames"]
+        if values["overlap"] is None:
+            values["overlap"] = values["window"] // 4
+        given = {field: each for field, each in values.items() if each is not None}
+        return cls(stage=settings.stage, **given)
 
-    def check_limits(self, settings: StageSettings, frames: int | None = None) -> None:
-        """Refuse what goes beyond ``limit_pixels``, ``limit_frames`` or ``limit_steps``.
+    def keywords(self) -> dict[str, Any]:
+        """Return the call keywords that make this very request, whatever the settings."""
+        declared = computed_settings(self.stage)
+        names = [field.name for field in dataclasses.fields(self) if field.name in declared]
+        return {declared[name].keyword: getattr(self, name) for name in names}
 
-        Args:
-            settings: the model's.
-            frames: of the video that stage two is given. Its ``max_frames`` is no number of frames to
-                generate, so without this it is left out.
+    def to_json(self) -> str:
+        """Return the stage and the keywords as a JSON object."""
+        return json.dumps({"stage": self.stage, **self.keywords()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Request:
+        """Return the request that ``to_json`` wrote.
 
         Raises:
-            InvalidInputError: with what was asked for, the limit, how to raise it, and the memory needed.
+            InvalidInputError: if a keyword is missing, repeated, unknown or not allowed.
         """
-        frames_words = f"video: has {frames or 0:,} frames or more"
-        if self.stage != VideoToVideoSettings.stage:
-            frames, frames_words = self.frames, f"max_frames: got {self.frames:,}"
-        width, height = self.size
-        for limit, got, words in (
-            ("limit_pixels", width * height, f"resolution: got {width}x{height}, {width * height:,} pixels"),
-            ("limit_frames", frames or 0, frames_words),
-            ("limit_steps", self.steps, f"steps: got {self.steps:,}"),
+        try:
+            entries = json.loads(text, object_pairs_hook=unique_keys)
+        except (ValueError, RecursionError) as error:
+            raise InvalidInputError(f"request: is not a JSON object: {error}") from error
+        if not isinstance(entries, dict):
+            raise InvalidInputError(f"request: an object is needed, got {type(entries).__name__}")
+        stage = choice(*SETTINGS_OF_STAGE).check("stage", entries.pop("stage", None), InvalidInputError)
+        declared = {each.keyword: each for each in computed_settings(stage).values()}
+        for words, names in (
+            ("misses", declared.keys() - entries),
+            ("has unknown", entries.keys() - declared),
         ):
-            allowed = getattr(settings, limit)
-            if got > allowed:
-                needed = memory_in_words(
-                    settings, self.size, frames or min(self.window, settings.limit_frames), self.window
-                )
-                raise InvalidInputError(
-                    f"{words}; {limit} allows {allowed:,}. {needed}. If that is meant, raise {limit}: in "
-                    f"configuration.json, as a keyword of pipeline(), or as pipe.model.cfg.{limit}"
-                )
+            if names:
+                raise InvalidInputError(f"request: {words} {', '.join(sorted(names))}")
+        # What is drawn or chosen where the settings are none is there by now.
+        may_be_none = {field.name for field in dataclasses.fields(cls) if field.default is None}
+        values = {}
+        for keyword, each in declared.items():
+            field = str(each.request_field)
+            rule = dataclasses.replace(each.rule, optional=field in may_be_none)
+            values[field] = rule.check(keyword, entries[keyword], InvalidInputError)
+        return cls(stage=stage, **values)
 
     @property
     def prompt(self) -> str:
@@ -212,3 +140,13 @@ class Request:
     def mode(self) -> str:
         """``exact``, or ``approximate`` and in which way."""
         return f"approximate: {', '.join(self.approximations)}" if self.approximations else "exact"
+
+
+def _seed(seed: int | None, keywords: Mapping[str, Any]) -> int:
+    generator = keywords.get("generator")
+    if generator is not None and "seed" not in keywords:
+        import torch  # there already, as its generator is
+
+        # A seed of its own, so that the seed that is reported reproduces this very video.
+        return int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+    return secrets.randbelow(2**32) if seed is None else seed

@@ -15,7 +15,8 @@ from modelscope_i2v.engine.progress import PhaseClock
 from modelscope_i2v.plugin.models import ImageToVideoModel, VideoToVideoModel
 from modelscope_i2v.samplers.velocity import window_starts
 from modelscope_i2v.settings.configuration import StageSettings
-from modelscope_i2v.settings.request import Request, check_keywords
+from modelscope_i2v.settings.keywords import check_keywords
+from modelscope_i2v.settings.request import Request
 
 from .sizes import Case
 from .timing import Enough

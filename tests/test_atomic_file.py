@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from modelscope_i2v.errors import OutputError
-from modelscope_i2v.media import files as module
-from modelscope_i2v.media.files import atomic_file, check_replaceable
+from modelscope_i2v.media.files import absolute_path, atomic_file, check_replaceable
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["a", "a b", 'it\'s "q";$(x)', "-x", "ключ 图", "a\nb", "x" * 255, "%d", ".hidden", "concat:a|b"]
@@ -24,18 +23,6 @@ NAMES = ["a", "a b", 'it\'s "q";$(x)', "-x", "ключ 图", "a\nb", "x" * 255, 
 def write(path, data: bytes) -> None:
     with atomic_file(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
-
-
-def leftover(folder: Path, pid: int, host: str | None = None) -> Path:
-    path = folder / f".i2v-{host or module._host()}-{pid}-0123456789abcdef.part"
-    path.write_bytes(b"part")
-    return path
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
 
 
 @contextmanager
@@ -137,6 +124,7 @@ def test_targets_that_cannot_be_written(tmp_path, act):
         ("/dev/null", "not a regular file"),
         (tmp_path / ("x" * 256), "File name too long"),
         ("a\0b", "null"),
+        ("~\0/a", "null"),
         ("", "empty"),
         (None, "NoneType: give a path"),
         (3.5, "float: give a path"),
@@ -145,6 +133,21 @@ def test_targets_that_cannot_be_written(tmp_path, act):
             act(path)
         assert not isinstance(path, (str, Path)) or repr(str(path)) in str(caught.value)
     assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "file").read_bytes() == b"old"
+
+
+URL = "https://us3r:passw0rd@h/a/b.mp4?sig=s3cret"
+URLS = [URL, Path(URL), f"./{Path(URL)}", f" {URL}", f"\n'{URL}'", URL.encode(), "s3://bucket/a",
+        Path("s3://bucket/a"), "https://us3r:passw0rd/x@h/a", "FILE:///tmp/a", "data:a/b;s3cret"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", URLS, ids=range(len(URLS)))
+@pytest.mark.parametrize("act", [check_replaceable, lambda path: write(path, b"x")], ids=["check", "write"])
+def test_a_url_is_no_path(tmp_path, monkeypatch, path, act):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError, match="it is a URL: give a path") as caught:
+        act(path)
+    assert not any(secret in str(caught.value) for secret in ("us3r", "passw0rd", "s3cret"))
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("act", [check_replaceable, lambda path: write(path, b"x")], ids=["check", "write"])
@@ -179,26 +182,28 @@ def test_a_failing_disk(tmp_path, monkeypatch, step):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {"a": b"old"}
 
 
-def test_leftovers_of_dead_processes_only_are_removed(tmp_path):
-    pid = dead_pid()
-    gone = leftover(tmp_path, pid)
-    kept = [
-        leftover(tmp_path, os.getpid()),
-        leftover(tmp_path, os.getppid()),
-        leftover(tmp_path, pid, host="00000000"),
-        tmp_path / f".i2v-{module._host()}-{pid}-0123456789abcde.part",
-        tmp_path / f"x.i2v-{module._host()}-{pid}-0123456789abcdef.part",
-        tmp_path / f".i2v-{module._host()}-{pid}-0123456789abcdef.part.mp4",
-    ]
-    for path in kept:
-        path.write_bytes(b"mine")
-    folder = tmp_path / f".i2v-{module._host()}-{pid}-aaaaaaaaaaaaaaaa.part"
-    folder.mkdir()
-    link = tmp_path / f".i2v-{module._host()}-{pid}-bbbbbbbbbbbbbbbb.part"
-    link.symlink_to(kept[0])
-    write(tmp_path / "a", b"x")
-    assert not gone.exists()
-    assert all(path.exists() for path in (*kept, folder, link))
+def test_the_file_of_another_writer_is_left_alone(tmp_path, monkeypatch):
+    def unknown(pid: int, sent: int) -> None:
+        raise ProcessLookupError(pid)
+
+    with atomic_file(tmp_path / "a") as temporary:
+        monkeypatch.setattr(os, "kill", unknown)  # as in a container with process numbers of its own
+        check_replaceable(tmp_path / "b")
+        write(tmp_path / "b", b"x")
+        assert os.path.exists(temporary)
+
+
+def test_a_relative_path_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real/deep")
+    for path in ("a", "./a", "new/../a", Path("a"), b"a", "link/../a"):
+        assert absolute_path(path) == os.path.join(tmp_path, os.fsdecode(path))
+    assert absolute_path(tmp_path / "a") == str(tmp_path / "a")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert absolute_path("~/a") == str(tmp_path / "a")
+    with pytest.raises(OutputError, match="it is a URL"):
+        absolute_path("https://host/a.mp4")
 
 
 CHILD = """
@@ -236,7 +241,7 @@ def test_a_killed_process(tmp_path, sent, old):
     assert len(names) == (1 if sent == signal.SIGKILL else 0)
     assert (path.read_bytes() if path.exists() else None) == old
     write(path, b"next")
-    assert os.listdir(tmp_path) == ["a"] and path.read_bytes() == b"next"
+    assert set(os.listdir(tmp_path)) == {"a"} | names and path.read_bytes() == b"next"
 
 
 RIVAL = """

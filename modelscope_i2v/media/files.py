@@ -1,43 +1,49 @@
 """Files that appear under their name only when they are complete.
 
-The content is written beside the target, under a temporary name of our own pattern, flushed to disk and
-moved into place. Whoever opens the target sees the old file or the new one, never a part. When a process
-is killed in the middle, the next write into that folder removes what it left.
+The content is written beside the target, under a temporary name, flushed to disk and moved into place.
+Whoever opens the target sees the old file or the new one, never a part. An exception, KeyboardInterrupt
+included, removes the temporary file. A process that is killed outright leaves it, ``.i2v-*.part``: nobody
+else could know whether its writer still runs, perhaps on another machine that shares the folder.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import re
 import secrets
-import socket
 import stat
-import zlib
 from contextlib import contextmanager, suppress
 from typing import Any, Iterator
 
-from ..errors import OutputError
-from .sources import source_name, url_scheme
+from ..errors import OutputError, redact
+from .sources import reason, source_name, url_scheme
 
 logger = logging.getLogger(__name__)
-
-# Short, ASCII and without the target's name: a name of 255 bytes leaves no room for an ending.
-_TEMPORARY = re.compile(r"\.i2v-([0-9a-f]{8})-([0-9]{1,10})-[0-9a-f]{16}\.part")
 
 
 def local_path(path: Any) -> str:
     """``path`` (str, bytes or os.PathLike) as a str, ``~`` expanded. Raises OutputError if it is no path."""
     try:
-        text = os.fsdecode(path)
+        text = os.path.expanduser(os.fsdecode(path))
     except TypeError as error:
         raise OutputError(f"cannot write to a {type(path).__name__}: give a path") from error
+    except Exception as error:  # a faulty __fspath__, a null character behind "~"
+        raise OutputError(f"cannot write {source_name(path)}: {reason(error)}") from error
     if not text:
         raise OutputError("cannot write to the path '': it is empty")
-    if url_scheme(text) is not None:
-        # As a path it would do, and then its credentials and its signature were a folder's name.
+    # As a path it would do, and then its credentials and its signature were a folder's name. pathlib leaves
+    # one slash of two, and makes an absolute path of it.
+    start = text.lstrip(" \t\r\n'\"").replace(":/", "://", 1)
+    if url_scheme(start) is not None or redact(text) != text:
         raise OutputError(f"cannot write to {source_name(text)}: it is a URL: give a path")
-    return os.path.expanduser(text)
+    return text
+
+
+def absolute_path(path: Any) -> str:
+    """Return `local_path` made absolute, for what is written when the working folder may have changed."""
+    shown = local_path(path)
+    with _os_errors(shown):
+        return os.path.join(os.getcwd(), shown)  # not abspath, which takes "link/.." for nothing
 
 
 @contextmanager
@@ -54,26 +60,21 @@ def atomic_file(path: Any) -> Iterator[str]:
     folder = os.path.dirname(target)
     with _os_errors(shown):
         os.makedirs(folder, exist_ok=True)
-    with temporary_file(folder, shown) as temporary:
+    with _temporary_file(folder, shown) as temporary:
         yield temporary
         with _os_errors(shown):
             _commit(temporary, target)
 
 
 @contextmanager
-def temporary_file(folder: str, shown: str | None = None) -> Iterator[str]:
-    """A new empty file in ``folder``, removed at the end unless it was moved away.
-
-    Removes what killed processes left in ``folder`` first. Raises OutputError, naming ``shown`` or else the
-    folder, if the file cannot be created.
-    """
-    _remove_leftovers(folder)
-    path = os.path.join(folder, f".i2v-{_host()}-{os.getpid()}-{secrets.token_hex(8)}.part")
-    flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_CLOEXEC", 0)
+def _temporary_file(folder: str, shown: str) -> Iterator[str]:
+    """A new empty file in ``folder``, removed at the end unless it was moved away."""
+    # Short and without the target's name: a name of 255 bytes leaves no room for an ending.
+    path = os.path.join(folder, f".i2v-{secrets.token_hex(8)}.part")
     try:
-        with _os_errors(shown or folder):
+        with _os_errors(shown):
             # 0o666 less the umask, as any new file; tempfile's 0o600 would stay on the finished file.
-            os.close(os.open(path, flags, 0o666))
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
         yield path
     finally:
         try:
@@ -93,7 +94,7 @@ def check_replaceable(path: Any) -> None:
     folder = os.path.dirname(_target(shown))
     while not os.path.lexists(folder) and os.path.dirname(folder) != folder:
         folder = os.path.dirname(folder)  # the nearest one there is: the rest would be created in it
-    with temporary_file(folder, shown):
+    with _temporary_file(folder, shown):
         pass
 
 
@@ -102,7 +103,7 @@ def _os_errors(shown: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise OutputError(f"cannot write {shown!r}: {getattr(error, 'strerror', None) or error}") from error
+        raise OutputError(f"cannot write {shown!r}: {reason(error)}") from error
 
 
 def _target(shown: str) -> str:
@@ -141,36 +142,3 @@ def _flush(path: str, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _host() -> str:
-    # Process numbers mean nothing on another machine that shares the folder.
-    return f"{zlib.crc32(socket.gethostname().encode('utf-8', 'surrogateescape')):08x}"
-
-
-def _remove_leftovers(folder: str) -> None:
-    """Remove the temporary files of processes of this machine that no longer run."""
-    try:
-        with os.scandir(folder) as entries:
-            found = [(entry, match) for entry in entries if (match := _TEMPORARY.fullmatch(entry.name))]
-    except OSError:  # no such folder, or it may not be listed: creating the file will tell
-        return
-    for entry, match in found:
-        if match[1] != _host() or _is_running(int(match[2])):
-            continue
-        with suppress(OSError):  # another process may remove it at the same time
-            if entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
-                logger.info("removed %r, left by a process that was killed", entry.path)
-
-
-def _is_running(pid: int) -> bool:
-    if os.name != "posix":  # there, os.kill would end the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # it runs as somebody else
-        return True
-    return True

@@ -10,7 +10,7 @@ import logging
 import numbers
 import os
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from itertools import chain
 from typing import Any, Iterable, Iterator
@@ -19,8 +19,9 @@ import av
 import numpy as np
 from av.video.reformatter import Interpolation, VideoReformatter
 
-from ..errors import InvalidInputError, OutputError
-from .files import atomic_file, check_replaceable, local_path, temporary_file
+from ..errors import InvalidInputError, OutputError, describe
+from .files import atomic_file, check_replaceable, local_path
+from .sources import reason
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +91,14 @@ def video_bytes(
     """The bytes of the MP4 file that `write_video` would write. Same arguments, same errors."""
     size, checked = _checked_frames(frames)
     rate, tags = _checked_rate(fps), _checked_metadata(metadata)
-    # By way of a file: the index can be put first only in what can be read again.
-    with temporary_file(tempfile.gettempdir()) as temporary:
-        _encode(checked, size, rate, tags, temporary, "mp4", "to memory")
-        with _encoder_errors("to memory"), open(temporary, "rb") as file:
-            return file.read()
+    with ExitStack() as stack:
+        # By way of a file: the index can be put first only in what can be read again.
+        with _encoder_errors("to memory"):
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="i2v-"))
+        file = os.path.join(folder, "video.mp4")
+        _encode(checked, size, rate, tags, file, "mp4", "to memory")
+        with _encoder_errors("to memory"), open(file, "rb") as written:
+            return written.read()
 
 
 def _container_format(shown: str) -> str:
@@ -123,8 +127,9 @@ def _checked_frames(
         raise InvalidInputError(f"there are no frames: {allowed}, F at least 1")
 
     def check(frame: Any, index: int) -> np.ndarray:
-        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
-            got = frame.dtype if isinstance(frame, np.ndarray) else type(frame).__name__
+        masked = isinstance(frame, np.ma.MaskedArray)
+        if masked or not isinstance(frame, np.ndarray) or frame.dtype != np.uint8:
+            got = frame.dtype if isinstance(frame, np.ndarray) and not masked else type(frame).__name__
             raise InvalidInputError(f"frame {index} is of type {got}: {allowed}")
         sides = frame.shape[:2]
         if frame.ndim != 3 or frame.shape[2] != 3 or min(sides) < 1 or max(sides) > MAX_SIDE:
@@ -143,10 +148,13 @@ def _checked_frames(
 
 
 def _checked_rate(fps: Any) -> Fraction:
-    if isinstance(fps, bool) or not isinstance(fps, numbers.Real) or not MIN_FPS <= fps <= MAX_FPS:
-        raise InvalidInputError(f"fps is {fps!r}: allowed are numbers from {MIN_FPS:g} to {MAX_FPS:g}")
-    # 29.97002997... is 30000/1001; a longer fraction would be a rounding error taken at its word.
-    return Fraction(fps if isinstance(fps, Fraction) else float(fps)).limit_denominator(1001)
+    try:
+        if not isinstance(fps, bool) and isinstance(fps, numbers.Real) and MIN_FPS <= float(fps) <= MAX_FPS:
+            # 29.97002997... is 30000/1001; a longer fraction would be a rounding error taken at its word.
+            return Fraction(fps if isinstance(fps, Fraction) else float(fps)).limit_denominator(1001)
+    except Exception:  # numbers that are too large for a float, or not numbers after all
+        logger.debug("fps cannot be converted", exc_info=True)
+    raise InvalidInputError(f"fps is {describe(fps)}: allowed are numbers from {MIN_FPS:g} to {MAX_FPS:g}")
 
 
 def _checked_metadata(metadata: Any) -> dict[str, str]:
@@ -159,13 +167,15 @@ def _checked_metadata(metadata: Any) -> dict[str, str]:
     for key, value in metadata.items():
         if not (isinstance(key, str) and isinstance(value, str)) or "\0" in key + value or not key:
             raise InvalidInputError(
-                f"metadata has {key!r}: {value!r}; both must be str without null characters, "
+                f"metadata has {describe(key)}: {describe(value)}; both must be str without null characters, "
                 "and the key not empty"
             )
         try:
             (key + value).encode()
         except UnicodeEncodeError as error:
-            raise InvalidInputError(f"metadata has {key!r}, which is not valid Unicode: {error}") from error
+            raise InvalidInputError(
+                f"metadata has {describe(key)}, which is not valid Unicode: {error}"
+            ) from error
         if key.lower() in _RESERVED_KEYS:
             raise InvalidInputError(f"metadata has the key {key!r}, which the file format keeps for itself")
         if key.lower() in seen:  # ffmpeg would keep one of them
@@ -185,7 +195,7 @@ def _encode(
     container_format: str,
     shown: str,
 ) -> None:
-    """Encode into the existing ``file``. What ``frames`` raises passes; all else is an OutputError."""
+    """Encode into ``file``. What ``frames`` raises passes; all else is an OutputError."""
     even = tuple(side + side % 2 for side in size)
     if even != size:
         logger.info("%dx%d frames become %dx%d: H.264 in yuv420p needs even sizes", *size, *even)
@@ -229,5 +239,4 @@ def _encoder_errors(shown: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        words = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise OutputError(f"cannot write the video {shown}: {words}") from error
+        raise OutputError(f"cannot write the video {shown}: {reason(error)}") from error

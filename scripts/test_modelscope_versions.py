@@ -122,7 +122,8 @@ class Environment:
 
     def install(self, source: Path, requirements: Sequence[str]) -> None:
         """Install this package and ModelScope, in one resolution, as a user would."""
-        _checked(self.run("-m", "pip", "install", "--upgrade", f"{source}[test]", *requirements))
+        tools = "pytest", "pytest-timeout"  # not all of [test]: ModelScope 1.20 wants an older setuptools
+        _checked(self.run("-m", "pip", "install", "--upgrade", str(source), *tools, *requirements))
 
     def version_of(self, name: str) -> str:
         return self.ask(f"from importlib.metadata import version; print(version({name!r}))")

@@ -1,210 +1,389 @@
-"""The rows that have the stock beside ours: what each measures, and that both sides compute the same."""
+"""The rows: what each measures, and that both sides compute the same."""
 
 from __future__ import annotations
 
 import gc
-from typing import Callable, Iterable
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterable
 
 import torch
+from modelscope.pipelines import pipeline
+from torch import Tensor
+from torch.profiler import profile
+from torch.utils.benchmark import timer
 
-from modelscope_i2v.errors import MissingPackageError
+from modelscope_i2v.errors import I2VError
 
-from .distances import relative_difference
-from .folders import prepare, read_settings
-from .fresh import ProcessFailed
-from .loading import SIDES, load_in_fresh_process
-from .operations import StepProfile
-from .options import STOCK_KINDS, Options
-from .ours import Ours
-from .sizes import STAGE_NAMES, Case, draw_case
-from .stock import Stock
-from .timing import Missing, Row, Samples, Stopwatch, in_turn, timed
+from .cases import PUBLISHED_STEPS, TASKS, Size, draw_case, prepare
+from .measuring import (
+    MIB,
+    Cell,
+    Missing,
+    ProcessFailed,
+    Row,
+    Samples,
+    forget_peak,
+    in_fresh_process,
+    in_turn,
+    peak_bytes,
+    seconds,
+)
+from .sides import Ours, Side, pictures, window_count
+from .stock import Stock, import_stock
 
-#: Those that both sides compute in one process.
-COMPUTED = STOCK_KINDS[:4]
-#: Has a row where ours is compiled.
-COMPILING = "compiling"
+#: The kinds of rows that have the stock beside ours; ours beside ours; and ours alone.
+STOCK_KINDS = ("step", "encode", "decode", "stage", "loading", "memory")
+KINDS = (*STOCK_KINDS, "precision", "approximate", "length")
+#: Without what takes several videos with all their steps, or long ones.
+DEFAULT_KINDS = KINDS[:-2]
 
-#: The largest relative difference of two float32 sides.
-TOLERANCE = 1e-4
-
-#: For the check: it passes both branches of guidance through the whole UNet twice or thrice.
-_CHECKED_STEPS = 2
+TOLERANCE = 1e-4  # the largest relative difference of two float32 sides
+_CHECKED_STEPS = 2  # they pass both branches of guidance through the whole UNet twice or thrice
+#: The timesteps at which there is guidance, by stage: a generation goes from 999, or 599, down to about 0.
+_GUIDANCE_INTERVALS = {1: ((0, 800), (200, 800)), 2: ((0, 450), (150, 450))}
+_LENGTH_STEPS = 3  # the first is left out
+_NEEDS_CUDA = Missing("needs a CUDA device")
 
 
 class DisagreementError(RuntimeError):
     """The two sides compute different things, so that their times cannot be compared."""
 
 
-def row_names(stage: int, options: Options) -> dict[str, tuple[str, ...]]:
-    """The names of a stage's rows, by kind."""
-    names = {
-        "step": ("one guided step",),
-        "encode": ("VAE encode",) if stage == 2 else (),
-        "decode": ("VAE decode",),
-        "stage": (f"whole, {options.whole_steps(stage)} steps",),
-        "loading": ("loading, seconds", "loading, peak host memory", "loading, weights in use"),
-        "memory": ("peak device memory",),
-        COMPILING: ("compiling",) if options.compile else (),
-    }
-    return {kind: tuple(f"stage {stage}: {name}" for name in named) for kind, named in names.items()}
+@dataclass(frozen=True)
+class Options:
+    """What is measured, where and how. ``steps`` None is each row's own number."""
+
+    size: Size
+    folder: Path
+    device: torch.device
+    report: Callable[[str], None]
+    precision: str = "auto"
+    repeats: int = 3
+    kinds: tuple[str, ...] = DEFAULT_KINDS
+    steps: int | None = None
+    compile: bool = False
+    profile: bool = False
+
+    def ours(self, stage: int, precision: str | None = None) -> Ours:
+        self.report(f"stage {stage}: loading ours")
+        case = draw_case(self.folder, stage)
+        return Ours(self.folder, case, self.device, precision or self.precision, self.compile)
+
+    def measured(self, stage: int, names: Iterable[str], measure: Callable[[], list[Row]]) -> list[Row]:
+        """The rows that ``measure`` gives, or where this machine cannot, the reason beside each name."""
+        try:
+            reason = prepare(self.folder, stage, self.device)
+            if not reason:
+                return measure()
+        except (torch.cuda.OutOfMemoryError, MemoryError, I2VError) as error:
+            reason = str(error).partition(". ")[0]
+        finally:
+            gc.collect()
+        return [Row(name, Missing(reason), Missing(reason)) for name in names]
+
+    def in_process(self, function: Callable, *arguments: Any) -> Any:
+        """What a function of this module returns in a fresh process, or why it returns nothing."""
+        options = str(self.device), self.precision, self.compile
+        try:
+            return in_fresh_process(function, self.folder, *options, *arguments)
+        except ProcessFailed as error:
+            return Missing(str(error))
 
 
-def stage_rows(stage: int, options: Options, report: Callable[[str], None]) -> list[Row]:
-    """The rows of a stage that were asked for, each with numbers or with a reason why it has none.
+# The stock beside ours
 
-    Args:
-        stage: 1 or 2.
-        options: what is measured.
-        report: takes lines on what is going on, and the profile.
+
+def stock_rows(stage: int, options: Options) -> list[Row]:
+    """The rows of both sides.
 
     Raises:
         DisagreementError: the sides' outputs differ.
     """
-    settings = read_settings(options.folder, stage)
-    names = row_names(stage, options)
-    kinds, on_cuda = set(options.kinds), options.device.type == "cuda"
-    if set(COMPUTED) & kinds:
-        kinds.add(COMPILING)
-    wanted = [name for kind in names if kind in kinds for name in names[kind]]
-    reason = prepare(options.folder, settings, options.device, report) if wanted or options.profile else ""
-    if reason:
-        return _missing(wanted, reason)
-    rows = [] if on_cuda else _missing(names["memory"], "needs a CUDA device")
-    if "loading" in kinds or ("memory" in kinds and on_cuda):
-        rows += _process_rows(stage, options, names, report)
-    if set(COMPUTED) & kinds or options.profile:
-        try:
-            rows += _compute_rows(draw_case(stage, settings), options, names, report)
-        except (torch.cuda.OutOfMemoryError, MemoryError, MissingPackageError) as error:
-            computed = (name for kind in (*COMPUTED, COMPILING) for name in names[kind])
-            rows += _missing(computed, str(error).partition(". ")[0])
-    found = {row.name: row for row in rows}
-    return [found[name] for name in wanted]
-
-
-def _missing(names: Iterable[str], reason: str) -> list[Row]:
-    return [Row(name, Missing(reason), Missing(reason)) for name in names]
-
-
-def _process_rows(
-    stage: int, options: Options, names: dict[str, tuple[str, ...]], report: Callable[[str], None]
-) -> list[Row]:
-    """Loading's and the device's rows, from processes of their own, in turn."""
-    measured: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    failed: dict[str, Missing] = {}
-    for repeat in range(options.repeats):
-        for side in SIDES:
-            if side in failed:
-                continue
-            report(f"stage {stage}: loading {side} in a new process, {repeat + 1} of {options.repeats}")
-            arguments = options.folder, stage, options.device, options.precision, options.compile
-            try:
-                measured[side].append(load_in_fresh_process(side, *arguments))
-            except ProcessFailed as error:
-                failed[side] = Missing(str(error))
-
-    def row(name: str, key: str, unit: str) -> Row:
-        cells = [
-            failed.get(side) or Samples(tuple(each[key] for each in measured[side]), unit) for side in SIDES
-        ]
-        return Row(name, *cells)
-
-    seconds, host, weights = names["loading"]
-    rows = [
-        row(seconds, "seconds", "s"), row(host, "host_mib", "MiB"), row(weights, "weights_mib", "MiB")
-    ]  # fmt: skip
-    if options.device.type == "cuda":
-        rows += [row(name, "device_mib", "MiB") for name in names["memory"]]
+    steps = options.steps or options.size.steps[stage]
+    titles = {"step": "one guided step", "encode": "VAE encode", "decode": "VAE decode"}
+    titles["stage"] = f"whole, {steps} steps"
+    kinds = [kind for kind in titles if kind in options.kinds and (kind, stage) != ("encode", 1)]
+    names = {kind: f"stage {stage}: {titles[kind]}" for kind in kinds}
+    rows = []
+    if kinds or options.profile:
+        compiling = [f"stage {stage}: compiling"] if options.compile else []
+        everything = [*compiling, *names.values()]
+        rows += options.measured(stage, everything, lambda: _compute_rows(stage, names, steps, options))
+    from_processes = _titles_of_processes(options)
+    if from_processes:
+        everything = [f"stage {stage}: {title}" for title in from_processes]
+        rows += options.measured(stage, everything, lambda: _process_rows(stage, options))
+    if "memory" in options.kinds and options.device.type != "cuda":
+        rows.append(Row(f"stage {stage}: peak device memory", _NEEDS_CUDA, _NEEDS_CUDA))
     return rows
 
 
-def _compute_rows(
-    case: Case, options: Options, names: dict[str, tuple[str, ...]], report: Callable[[str], None]
-) -> list[Row]:
-    """The rows that both sides compute in this process."""
-    report(f"stage {case.stage}: loading both sides")
-    ours = Ours(options.folder, case, options.device, options.precision, options.compile)
-    rows = [_compiling_row(name, ours) for name in names[COMPILING]]
+def _compute_rows(stage: int, names: dict[str, str], steps: int, options: Options) -> list[Row]:
+    ours, rows = options.ours(stage), []
+    if options.compile:
+        first, second = (seconds(lambda: ours.generate(_CHECKED_STEPS)) for _ in range(2))
+        took = Samples((max(first - second, 0.0),))
+        rows.append(Row(f"stage {stage}: compiling", Missing("is not compiled"), took))
+    stock: Stock | None = None
     try:
-        stock: Stock | None = Stock(options.folder, case, options.device)
-        why_not = ""
+        stock = Stock(options.folder, ours.case, options.device)
     except (ImportError, AttributeError) as error:
-        stock, why_not = None, f"the installed modelscope's cannot be used: {error}"
-    report(f"stage {case.stage}: comparing the outputs")
-    differences = compare(stock, ours, options.kinds) if stock else {}
-    for kind in (kind for kind in COMPUTED if kind in options.kinds):
-        for name in names[kind]:
-            report(f"{name}: measuring")
-            runs = [_measurement(kind, side, case, options) for side in (stock, ours) if side]
-            if stock:
-                samples = in_turn(runs[0], runs[1], options.repeats, warm_up=kind != "stage")
-                rows.append(Row(name, *samples, differences[kind]))
-            else:
-                alone = in_turn(lambda: 0.0, runs[0], options.repeats)[1]
-                rows.append(Row(name, Missing(why_not), alone))
-    if options.profile:
-        for side in (stock, ours):
-            if side:
-                report(_profile(side, case, options.device))
-    del stock, ours
-    gc.collect()
+        why_not = Missing(f"the installed modelscope's cannot be used: {error}")
+    sides: list[Side] = [stock, ours] if stock else [ours]
+    differences = compare(stock, ours, names) if stock else {}
+    for kind, name in names.items():
+        options.report(f"{name}: measuring")
+        runs = [_run(kind, side, steps) for side in sides]
+        if kind != "stage" or not stock:  # the comparison has warmed up whole stages
+            in_turn(runs, 1)
+        *others, took = in_turn(runs, options.repeats)
+        rows.append(Row(name, others[0] if others else why_not, took, differences.get(kind)))
+    for side in sides if options.profile else []:
+        options.report(f"stage {stage}, one guided step, {type(side).__name__.lower()}:\n{_profile(side)}")
     return rows
 
 
-def _compiling_row(name: str, ours: Ours) -> Row:
-    """What the first short generation takes longer than the second."""
-    first, second = (timed(lambda: ours.generate(_CHECKED_STEPS), ours.device) for _ in range(2))
-    return Row(name, Missing("is not compiled"), Samples((max(first - second, 0.0),)))
-
-
-def _measurement(kind: str, side: Stock | Ours, case: Case, options: Options) -> Callable[[], float]:
-    """What does a row's work once on one side, and returns its seconds."""
+def _run(kind: str, side: Side, steps: int) -> Callable[[], float]:
+    """Does a row's work once, and returns its seconds."""
     if kind == "step":
-
-        def step() -> float:
-            watch = Stopwatch(options.device)
-            side.step(watch)
-            return watch.seconds
-
-        return step
-    work = {
-        "encode": side.encode,
-        "decode": side.decode,
-        "stage": lambda: side.generate(steps=options.whole_steps(case.stage)),
-    }[kind]
-    return lambda: timed(work, options.device)
+        return side.step_seconds
+    work = {"encode": side.encode, "decode": side.decode, "stage": lambda: side.generate(steps)}[kind]
+    return lambda: seconds(work)
 
 
-def compare(stock: Stock, ours: Ours, kinds: Iterable[str]) -> dict[str, float]:
+def compare(stock: Side, ours: Side, kinds: Iterable[str]) -> dict[str, float]:
     """The relative differences of the sides' outputs, by kind of row.
 
     Raises:
         DisagreementError: both are in float32, and one is above ``TOLERANCE``.
     """
-    outputs = {
-        "step": lambda side: side.velocity(500),
+    # The deterministic sampler of stage two: its other one's noise hangs on the last bit of a logarithm.
+    solver = {"solver_mode": "normal"} if ours.case.stage == 2 else {}
+    outputs: dict[str, Callable[[Side], Tensor]] = {
+        "step": lambda side: side.velocity(),
         "encode": lambda side: side.encode(),
         "decode": lambda side: side.decode(),
-        # The deterministic sampler of stage two: its other one's noise hangs on the last bit of a logarithm.
-        "stage": lambda side: side.generate(_CHECKED_STEPS, "normal"),
+        "stage": lambda side: side.generate(_CHECKED_STEPS, **solver),
     }
     differences = {}
     for kind in kinds:
-        if kind not in outputs or (kind == "encode" and ours.case.stage == 1):
-            continue
         difference = relative_difference(outputs[kind](ours), outputs[kind](stock))
         # Written so that a difference that is not a number is refused, too.
         if stock.precision == ours.precision == "fp32" and not difference < TOLERANCE:
             raise DisagreementError(
-                f"{STAGE_NAMES[ours.case.stage]}, {kind}: the outputs of the two sides differ by "
+                f"{TASKS[ours.case.stage]}, {kind}: the outputs of the two sides differ by "
                 f"{difference:.1e}, allowed is {TOLERANCE:.0e}: there is nothing to compare"
             )
         differences[kind] = difference
     return differences
 
 
-def _profile(side: Stock | Ours, case: Case, device: torch.device) -> str:
-    profile = StepProfile(device)
-    side.step(profile)
-    return profile.table(f"stage {case.stage}, one guided step, {type(side).__name__.lower()}")
+def _profile(side: Side) -> str:
+    profiler = profile()
+    switches = iter([profiler.start, profiler.stop])
+    side.marks(lambda: next(switches)())
+    order = "self_cuda_time_total" if side.device.type == "cuda" else "self_cpu_time_total"
+    return profiler.key_averages().table(sort_by=order, row_limit=20)
+
+
+def _titles_of_processes(options: Options) -> dict[str, tuple[str, str]]:
+    """The rows of fresh processes: by title, the key in what ``load`` returns, and the unit."""
+    titles = {}
+    if "loading" in options.kinds:
+        titles["loading, seconds"] = ("seconds", "s")
+        titles["loading, peak host memory"] = ("host", "MiB")
+        titles["loading, weights in use"] = ("weights", "MiB")
+    if "memory" in options.kinds and options.device.type == "cuda":
+        titles["peak device memory"] = ("device", "MiB")
+    return titles
+
+
+def _process_rows(stage: int, options: Options) -> list[Row]:
+    found: dict[str, list[Any]] = {"stock": [], "ours": []}
+    for repeat in range(options.repeats):
+        for side, results in found.items():
+            options.report(f"stage {stage}: loading {side} in a process, {repeat + 1} of {options.repeats}")
+            results.append(options.in_process(load, stage, side))
+
+    def cell(side: str, key: str, unit: str) -> Cell:
+        failed = next((each for each in found[side] if isinstance(each, Missing)), None)
+        return failed or Samples(tuple(each[key] for each in found[side]), unit)
+
+    titles = _titles_of_processes(options)
+    return [
+        Row(f"stage {stage}: {title}", *(cell(side, *key) for side in found)) for title, key in titles.items()
+    ]
+
+
+def load(
+    folder: Path, device_name: str, precision: str, compile: bool, stage: int, side: str
+) -> dict[str, float]:
+    """Load one side's stage into this process.
+
+    Returns:
+        ``seconds`` of loading; ``host`` and ``weights``, MiB by which the process grew to its peak, and that
+        the networks hold; on CUDA ``device``, the most MiB that it held in a generation of two steps.
+    """
+    case, device = draw_case(folder, stage), torch.device(device_name)
+    if side == "stock":
+        import_stock(stage, device)  # once before, so that imports are not part of loading
+    torch.zeros(1, device=device)  # starts CUDA, likewise
+    before, start = forget_peak(), timer()
+    options = () if side == "stock" else (precision, compile)
+    loaded = (Stock if side == "stock" else Ours)(folder, case, device, *options)
+    found = {"seconds": timer() - start, "host": (peak_bytes() - before) / MIB}
+    found["weights"] = loaded.weights_bytes() / MIB
+    if device.type == "cuda":
+        loaded.generate(steps=2)
+        found["device"] = torch.cuda.max_memory_allocated(device) / MIB
+    return found
+
+
+# Ours beside ours
+
+
+def precision_rows(stage: int, options: Options) -> list[Row]:
+    """Whole stages in half precision beside fp32."""
+    steps = options.steps or options.size.steps[stage]
+    name = f"stage {stage}: whole, {steps} steps"
+
+    def measure() -> list[Row]:
+        half = options.ours(stage)
+        if half.precision == "fp32":
+            reason = Missing(f"--precision {options.precision} is fp32 here: ask for fp16 or bf16")
+            return [Row(name, reason, reason)]
+        reference = options.ours(stage, "fp32")
+        return beside(lambda: reference.generate(steps), {name: lambda: half.generate(steps)}, options)
+
+    return options.measured(stage, [name], measure)
+
+
+def approximate_rows(stage: int, options: Options) -> list[Row]:
+    """The approximate modes, named by the settings that ask for them, beside the exact one."""
+    steps = options.steps or PUBLISHED_STEPS[stage]
+    modes: list[dict[str, Any]] = []
+    if stage == 1:  # DPM-Solver++'s steps where DDIM takes its published ones
+        fewer = dict.fromkeys(max(round(each * steps / PUBLISHED_STEPS[1]), 1) for each in (20, 25))
+        modes += [{"solver": "dpmpp", "steps": each} for each in fewer]
+    modes += [{"guidance_interval": each} for each in _GUIDANCE_INTERVALS[stage]]
+    modes += [{"reuse_interval": each} for each in (2, 3)]
+    named = {
+        f"stage {stage}: " + ", ".join(f"{key}={it}" for key, it in each.items()): each for each in modes
+    }
+
+    def measure() -> list[Row]:
+        ours = options.ours(stage)
+        runs = {
+            name: lambda mode=mode: ours.generate(**{"steps": steps, **mode}) for name, mode in named.items()
+        }
+        return beside(lambda: ours.generate(steps), runs, options)
+
+    return options.measured(stage, named, measure)
+
+
+def beside(
+    reference: Callable[[], Tensor], runs: dict[str, Callable[[], Tensor]], options: Options
+) -> list[Row]:
+    """A row for each of the runs, all measured in turn with the reference, and their videos' distances."""
+    videos: dict[str, Tensor] = {}
+
+    def timed(name: str, run: Callable[[], Tensor]) -> float:
+        options.report(f"{name}: measuring")
+        return seconds(lambda: videos.update({name: run()}))
+
+    everything = {"exact": reference, **runs}
+    timers = [lambda name=name, run=run: timed(name, run) for name, run in everything.items()]
+    expected, *samples = in_turn(timers, options.repeats)
+    distances = [
+        [measure(videos[name], videos["exact"]) for measure in (relative_difference, psnr)] for name in runs
+    ]
+    return [Row(name, expected, *each) for name, *each in zip(runs, samples, *zip(*distances))]
+
+
+def relative_difference(ours: Tensor, reference: Tensor) -> float:
+    """||ours - reference|| / ||reference||"""
+    ours, reference = ours.double().cpu(), reference.double().cpu()
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+def psnr(video: Tensor, reference: Tensor) -> float:
+    """The peak signal-to-noise ratio in dB of videos in about [-1, 1], as they would be shown: in [0, 1]."""
+    shown, expected = (((each.double().cpu() + 1) / 2).clamp(0, 1) for each in (video, reference))
+    mean_square = (shown - expected).square().mean().item()
+    return -10 * math.log10(mean_square) if mean_square else math.inf
+
+
+def both_stages_row(options: Options) -> Row:
+    """The device's peak with both stages in one process, at full speed and with ``low_memory``."""
+    name = "both stages: peak device memory"
+    if options.device.type != "cuda":
+        return Row(name, _NEEDS_CUDA, _NEEDS_CUDA)
+    reason = prepare(options.folder, 1, options.device) or prepare(options.folder, 2, options.device)
+    if reason:
+        return Row(name, Missing(reason), Missing(reason))
+    peaks = [options.in_process(generate_both, low_memory) for low_memory in (False, True)]
+    return Row(name, *(each if isinstance(each, Missing) else Samples((each,), "MiB") for each in peaks))
+
+
+def generate_both(folder: Path, device: str, precision: str, compile: bool, low_memory: bool) -> float:
+    """Two steps of each stage, which share the autoencoder; the most MiB that the device held."""
+    settings = {"precision": precision, "compile": compile, "low_memory": low_memory}
+    pipe = pipeline(TASKS[1], model=str(folder), device=device, **settings)
+    pipe(pictures(1)[0], steps=2, refine=True, refine_steps=2)
+    return torch.cuda.max_memory_allocated(device) / MIB
+
+
+# Ours alone
+
+
+def length_rows(stage: int, options: Options) -> list[list[str]]:
+    """The cells of videos of 1, 2 and 4 windows' frames: windows, seconds of a step, and their memory."""
+    window = options.size.latents[stage][0]
+    lengths = {f"stage {stage}: {factor * window} frames": factor * window for factor in (1, 2, 4)}
+
+    def measure() -> list[Row]:
+        peaks = []  # before anything is loaded here: both at once need not fit
+        for name, frames in lengths.items():
+            options.report(f"{name}: in a new process")
+            mib = options.in_process(denoising_peak, stage, frames)
+            peaks.append(mib if isinstance(mib, Missing) else Samples((mib,), "MiB"))
+        ours = options.ours(stage)
+
+        def step(frames: int) -> float:
+            marks = ours.marks(count=_LENGTH_STEPS, frames=frames)
+            return (marks[-1] - marks[0]) / (_LENGTH_STEPS - 1)
+
+        runs = [lambda frames=frames: step(frames) for frames in lengths.values()]
+        in_turn(runs[:2], 1)  # to warm up: a whole video at once, and windows of one
+        return [Row(*each) for each in zip(lengths, in_turn(runs, options.repeats), peaks)]
+
+    cells = []
+    for row, frames in zip(options.measured(stage, lengths, measure), lengths.values()):
+        parts = frames, window_count(frames, window)
+        shares = ["-", "-"]
+        if isinstance(row.first, Samples):
+            shares = [f"{row.first.median / count:.3g}" for count in parts]
+        cells.append([row.name, str(parts[1]), str(row.first), *shares, str(row.second)])
+    return cells
+
+
+def denoising_peak(
+    folder: Path, device_name: str, precision: str, compile: bool, stage: int, frames: int
+) -> float:
+    """The most MiB held while denoising: by a GPU, or by this process beyond what it held once loaded."""
+    device = torch.device(device_name)
+    ours = Ours(folder, draw_case(folder, stage), device, precision, compile)
+    before = 0 if device.type == "cuda" else forget_peak()
+
+    def peak_of_step() -> int:
+        if device.type != "cuda":
+            peak = peak_bytes()
+            forget_peak()
+            return peak
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+
+    return (max(ours.marks(peak_of_step, _LENGTH_STEPS, frames)[1:]) - before) / MIB

@@ -14,21 +14,23 @@ import sys
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any, Callable, ContextManager, Iterable, Iterator
+from typing import Any, Callable, ContextManager, Iterator
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.benchmark import timer
 
 from modelscope_i2v.errors import MissingPackageError
 from modelscope_i2v.models.attention import select_attention
-from modelscope_i2v.models.autoencoder import SCALE_FACTOR
 
-from .sizes import PUBLISHED_STEPS, Case
-from .timing import Enough
+from .cases import PUBLISHED_STEPS, Case
+from .measuring import Enough
+from .sides import SCALE_FACTOR, Side
 
 _ROOT = "modelscope.models.multi_modal"
+_PACKAGES = {1: f"{_ROOT}.image_to_video", 2: f"{_ROOT}.video_to_video"}
 _UNET_ARGUMENTS = (
     "in_dim", "dim", "y_dim", "context_dim", "out_dim", "dim_mult", "num_heads", "head_dim",
     "num_res_blocks", "attn_scales",
@@ -67,7 +69,7 @@ def _substitutes(device: torch.device) -> dict[str, ModuleType]:
 
 @contextmanager
 def stand_ins(device: torch.device) -> Iterator[list[str]]:
-    """Stand-ins for missing packages while the stock modules are imported; gives the packages' names.
+    """Stand-ins for missing packages while the stock modules are imported; yields the packages' names.
 
     Afterwards ``sys.modules`` is as before: neither they nor stock modules that hold them are left there.
     """
@@ -77,12 +79,12 @@ def stand_ins(device: torch.device) -> Iterator[list[str]]:
         sys.modules.update(substitutes)
         yield sorted({name.partition(".")[0] for name in substitutes})
     finally:
-        stock = (f"{_ROOT}.image_to_video", f"{_ROOT}.video_to_video")
-        for name in [name for name in sys.modules if name in substitutes or name.startswith(stock)]:
-            if name in before:
-                sys.modules[name] = before[name]
-            else:
-                del sys.modules[name]
+        for name in list(sys.modules):
+            if name in substitutes or name.startswith(tuple(_PACKAGES.values())):
+                if name in before:
+                    sys.modules[name] = before[name]
+                else:
+                    del sys.modules[name]
 
 
 def import_stock(stage: int, device: torch.device) -> SimpleNamespace:
@@ -91,14 +93,17 @@ def import_stock(stage: int, device: torch.device) -> SimpleNamespace:
     Raises:
         ImportError: if the installed modelscope does not have them, or needs more packages.
     """
-    package = f"{_ROOT}.{'image_to_video' if stage == 1 else 'video_to_video'}"
+    package = _PACKAGES[stage]
     with stand_ins(device) as substituted:
         modules = importlib.import_module(f"{package}.modules")
         found = SimpleNamespace(substituted=substituted, autoencoder=modules.AutoencoderKL)
         if stage == 1:
             found.unet, found.clip = modules.Img2VidSDUNet, modules.FrozenOpenCLIPVisualEmbedder
             found.diffusion = importlib.import_module(f"{package}.utils.diffusion").GaussianDiffusion
-            schedules = _import_first(f"{package}.utils.schedule", f"{package}.utils.shedule")
+            try:  # the published file's name has changed, and its importers have not
+                schedules = importlib.import_module(f"{package}.utils.schedule")
+            except ImportError:
+                schedules = importlib.import_module(f"{package}.utils.shedule")
             found.schedule = schedules.beta_schedule
         else:
             found.unet, found.clip = modules.Vid2VidSDUNet, modules.FrozenOpenCLIPEmbedder
@@ -108,15 +113,7 @@ def import_stock(stage: int, device: torch.device) -> SimpleNamespace:
     return found
 
 
-def _import_first(*names: str) -> ModuleType:
-    """The first that is there: the published file's name has changed, and its importers have not."""
-    for name in names[:-1]:
-        with suppress(ImportError):
-            return importlib.import_module(name)
-    return importlib.import_module(names[-1])
-
-
-class Stock:
+class Stock(Side):
     """One stage of the stock implementation, loaded from a folder the stock way.
 
     Each file is read whole, CLIP with both towers. On a CPU it computes in float32; on CUDA as published:
@@ -125,20 +122,12 @@ class Stock:
 
     def __init__(self, folder: Path, case: Case, device: torch.device):
         self.case, self.device = case, device
+        self.precision = "fp16 autocast" if device.type == "cuda" else "fp32"
         self.classes = import_stock(case.stage, device)
-        self.clip = self._load_clip(folder)
+        self.clip_encoder = self._load_clip(folder)
         self.generator = self._load_unet(folder / case.settings.ckpt_unet)
         self.autoencoder = self._load_autoencoder(folder / case.settings.ckpt_autoencoder)
         self.diffusion = self._diffusion()
-
-    @property
-    def precision(self) -> str:
-        return "fp16 autocast" if self.device.type == "cuda" else "fp32"
-
-    def weights(self) -> Iterable[Tensor]:
-        """What the networks hold."""
-        networks = (self.clip, self.generator, self.autoencoder)
-        return (weight for network in networks for weight in network.state_dict().values())
 
     def _load_clip(self, folder: Path) -> nn.Module:
         import open_clip
@@ -181,92 +170,56 @@ class Stock:
         sigmas = self.classes.schedule(n=1000, zero_terminal_snr=True, scale_min=2.0, scale_max=4.0)
         return self.classes.diffusion(sigmas, prediction_type="v")
 
-    def _autocast(self) -> ContextManager:
+    def autocast(self) -> ContextManager:
         return torch.autocast("cuda", torch.float16) if self.device.type == "cuda" else nullcontext()
 
     @torch.no_grad()
-    def velocity(self, t: int) -> Tensor:
-        """The UNet's prediction [1, 4, F, h, w] for the case's noise."""
-        x, timesteps = self.case.noise.to(self.device), torch.tensor([t], device=self.device)
-        with self._autocast():
-            return self.generator(x, timesteps, **self._conditioning(self.case.y))
-
-    def _conditioning(self, y: Tensor) -> dict[str, Tensor]:
-        conditioning = {"y": y.to(self.device)}
-        if self.case.stage == 1:
-            conditioning["fps"] = torch.tensor([self.case.settings.target_fps], device=self.device)
-        return conditioning
-
-    @torch.no_grad()
-    def encode(self) -> Tensor:
-        """The latent [1, 4, F, h, w] of the case's frames."""
-        width, height = self.case.pixels
-        frames = F.interpolate(self.case.frames, size=(height, width), mode="bilinear").to(self.device)
-        latents = []
-        for frame, noise in zip(frames.split(1), self.case.posterior_noise.to(self.device).split(1)):
-            posterior = self.autoencoder.encode(frame)
-            latents.append(posterior.mean + posterior.std * noise)
-        return SCALE_FACTOR * rearrange(torch.cat(latents), "f z h w -> 1 z f h w")
-
-    @torch.no_grad()
-    def decode(self) -> Tensor:
-        """The video [1, 3, F, H, W] of the case's latents."""
-        return self._decode(self.case.latents.to(self.device))
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        frames = rearrange(latents / SCALE_FACTOR, "1 z f h w -> f z h w")
-        chunks = max(len(frames) // self.case.settings.decoder_bs, 1)
-        with self._autocast() if self.case.stage == 2 else nullcontext():
-            decoded = [self.autoencoder.decode(chunk) for chunk in frames.chunk(chunks)]
-        return rearrange(torch.cat(decoded), "f c h w -> 1 c f h w").float().cpu()
-
-    @torch.no_grad()
-    def generate(self, steps: int, solver_mode: str = "fast") -> Tensor:
+    def generate(self, steps: int, solver_mode: str = "fast", **settings: Any) -> Tensor:
         """The whole stage, in stage two with the prompts' embeddings given: a video [1, 3, F, H, W]."""
-        return self._decode(self._denoise(self.generator, steps, solver_mode))
+        latents = rearrange(self._denoise(self.generator, steps, solver_mode), "1 z f h w -> f z h w")
+        chunks = (latents / SCALE_FACTOR).split(self.case.settings.decoder_bs)
+        with self.autocast() if self.case.stage == 2 else nullcontext():
+            decoded = torch.cat([self.autoencoder.decode(chunk) for chunk in chunks])
+        return rearrange(decoded, "f c h w -> 1 c f h w").float().cpu()
 
     @torch.no_grad()
-    def step(self, watch: Any) -> None:
-        """One guided step, the second of a generation, between ``watch.start()`` and ``watch.stop()``.
-
-        The stock samplers have no callback, but call the network twice a step: a step goes from a
-        conditional call to the next.
-        """
-        calls = 0
+    def marks(self, mark: Callable[[], Any] = timer) -> list[Any]:
+        """The stock samplers have no callback, but call the network twice a step: from the third call on."""
+        calls, found = 0, []
 
         def counted(x: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
             nonlocal calls
             calls += 1
-            if calls == 3:
-                watch.start()
-            elif calls == 5:
-                watch.stop()
+            if calls in (3, 5):
+                found.append(mark())
+            if calls == 5:
                 raise Enough
             return self.generator(x, t, **conditioning)
 
         with suppress(Enough):
             self._denoise(counted, PUBLISHED_STEPS[self.case.stage], "fast")
+        return found
 
     def _denoise(self, network: Callable, steps: int, solver_mode: str) -> Tensor:
         case, settings = self.case, self.case.settings
-        y = case.y if case.stage == 2 else self.clip(case.image)[:, None]
+        y = case.y if case.stage == 2 else self.clip_encoder(case.image)[:, None]
         negative_y = case.negative_y if case.stage == 2 else torch.zeros_like(y)
-        conditioning = [self._conditioning(y), self._conditioning(negative_y)]
-        noise = case.noise.to(self.device)
+        conditioning = [self.conditioning(y), self.conditioning(negative_y)]
+        noise, guide_scale = case.noise.to(self.device), settings.guide_scale
         if case.stage == 1:
-            with self._autocast():
+            with self.autocast():
                 return self.diffusion.ddim_sample_loop(
-                    noise, network, conditioning, guide_scale=settings.guide_scale, ddim_timesteps=steps
+                    noise, network, conditioning, guide_scale=guide_scale, ddim_timesteps=steps
                 )
         last = settings.total_noise_levels - 1
-        latents = self.encode()
-        with self._autocast():
+        latents = self._encoded_frames()
+        with self.autocast():
             noised = self.diffusion.diffuse(latents, torch.tensor([last], device=self.device), noise)
             return self.diffusion.sample(
                 noised,
                 network,
                 conditioning,
-                guide_scale=settings.guide_scale,
+                guide_scale=guide_scale,
                 guide_rescale=settings.guide_rescale,
                 solver="dpmpp_2m_sde" if solver_mode == "fast" else "heun",
                 steps=steps,
@@ -274,3 +227,10 @@ class Stock:
                 t_min=0,
                 discretization="trailing",
             )
+
+    def _encoded_frames(self) -> Tensor:
+        latents = []
+        for frame, noise in zip(self.case.frames.split(1), self.case.posterior_noise.split(1)):
+            posterior = self.autoencoder.encode(frame.to(self.device))
+            latents.append(posterior.mean + posterior.std * noise.to(self.device))
+        return SCALE_FACTOR * rearrange(torch.cat(latents), "f z h w -> 1 z f h w")

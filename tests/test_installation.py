@@ -8,13 +8,10 @@ from __future__ import annotations
 import functools
 import http.server
 import json
-import os
 import shutil
-import statistics
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 
 import pytest
@@ -139,21 +136,13 @@ def test_users_of_anything_else_notice_nothing(installed):
 
 
 def test_start_up_costs_next_to_nothing(installed):
-    def seconds(switch: str) -> float:
-        environment = {**os.environ, "MODELSCOPE_I2V_AUTOLOAD": switch}
-        begin = time.perf_counter()
-        subprocess.run([installed.python, "-c", "pass"], env=environment, check=True)
-        return time.perf_counter() - begin
-
-    ratios = []
-    # Noise only ever adds; a hook that is really slow stays so.
-    for _ in range(3):
-        pairs = [(seconds("1"), seconds("0")) for _ in range(25)]
-        extra = statistics.median(on - off for on, off in pairs)
-        ratios.append(extra / statistics.median(off for _, off in pairs))
-        if ratios[-1] < 0.1:
-            break
-    assert min(ratios) < 0.1, ratios
+    """Less than a millisecond, by Python's own clock of imports. Noise only ever adds."""
+    microseconds = []
+    for _ in range(5):
+        done = installed.run("-X", "importtime", "-c", "pass")
+        [line] = [line for line in done.stderr.splitlines() if line.endswith("_modelscope_i2v_autoload")]
+        microseconds.append(int(line.split("|")[1]))
+    assert min(microseconds) < 1000, microseconds
 
 
 @pytest.mark.parametrize("missing", ["_modelscope_i2v_autoload.py", "modelscope_i2v"])

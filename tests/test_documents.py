@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from pathlib import Path
 
-import pytest
-
 from modelscope_i2v import cli
-from modelscope_i2v.settings.stages import SETTINGS_OF_STAGE
+from modelscope_i2v.settings.stages import SETTINGS_OF_STAGE, call_settings
+from modelscope_i2v.settings.tables import TABLES, keywords_table, settings_table, with_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RELIABILITY = (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
-RULES = {name for settings in SETTINGS_OF_STAGE.values() for name in settings.names()}
-ARCHITECTURES = {"UNet", "auto_encoder", "embedder"}
 
 
 def rows(text: str, header: str) -> list[list[str]]:
@@ -62,22 +58,14 @@ def test_limits_are_as_documented():
 # README
 
 
-def test_the_settings_table_has_every_key_and_no_other():
-    keys = [key for row in rows(README, "| key | default") for key in re.findall(r"`(\w+)`", row[0])]
-    assert len(keys) == len(set(keys))
-    assert set(keys) == {*RULES, *ARCHITECTURES, "Seed"}  # which is another spelling of seed
-
-
-@pytest.mark.parametrize("name", sorted(RULES))
-def test_the_settings_table_has_the_defaults(name):
-    """Where the table gives one value, or one for each stage."""
-    (cells,) = [row for row in rows(README, "| key | default") if f"`{name}`" in row[0]]
-    in_code = [getattr(each(), name) for each in SETTINGS_OF_STAGE.values() if name in each.names()]
-    shown = {json.dumps(value).strip('"') for value in in_code}
-    if None in in_code or name.endswith("_prompt"):
-        assert re.search("none|published|solver_mode", cells[1])
-    else:
-        assert all(re.search(rf"(^|\W){re.escape(value)}(\W|$)", cells[1]) for value in shown), cells
+def test_its_tables_are_those_of_the_declarations():
+    assert with_tables(README) == README, "run python -m modelscope_i2v.settings.tables README.md"
+    for name, table in TABLES.items():
+        assert f"<!-- {name}:begin -->\n{table()}<!-- {name}:end -->" in README
+    settings = {name for stage in SETTINGS_OF_STAGE.values() for name in stage.names()}
+    assert set(re.findall(r"^\| `(\w+)`", settings_table(), re.MULTILINE)) == settings
+    keywords = {each.keyword for stage in SETTINGS_OF_STAGE for each in call_settings(stage).values()}
+    assert set(re.findall(r"^\| `(\w+)`", keywords_table(), re.MULTILINE)) == keywords
 
 
 def test_its_two_commands_are_those_that_are_run():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from .command import Command, given, say
+from .command import Command, echo, without_none
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,12 +24,12 @@ def _convert(arguments: argparse.Namespace) -> None:
     done = convert_folder(
         sources,
         arguments.output,
-        **given(precision=arguments.precision, progress=arguments.progress or None),
+        **without_none(precision=arguments.precision, progress=arguments.progress or None),
     )
     for file in done.files:
         path = os.path.join(arguments.output, file.name)
-        say(f"{path}: {size_in_words(file.size)}, {file.network} for {' and '.join(file.stages)}")
-    say(
+        echo(f"{path}: {size_in_words(file.size)}, {file.network} for {' and '.join(file.stages)}")
+    echo(
         f"{arguments.output}: a model for {' and '.join(done.stages)}: "
         f"{size_in_words(done.size_before)} of weights before, {size_in_words(done.size)} now"
     )

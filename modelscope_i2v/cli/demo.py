@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from .command import PROGRAM, Command, add_run_arguments, given, say
+from .command import PROGRAM, Command, echo, without_none
+from .flags import PROGRESS, SEED, add_flags, values_of
 from .stages import (
     HUB_ID_IMAGE_TO_VIDEO,
     HUB_ID_VIDEO_TO_VIDEO,
@@ -38,7 +39,8 @@ def _add_demo_arguments(parser: argparse.ArgumentParser) -> None:
     add("image", nargs="?", metavar="IMAGE", help="a path or a URL (default: a picture of ours)")
     add("-o", "--output", default=".", metavar="FOLDER", help="for the two videos (default: the current one)")
     add("--cache", metavar="DIR", help="where to keep the small model, instead of the user's cache folder")
-    add_run_arguments(parser)
+    parser.add_argument("--device", metavar="D", help="cpu, gpu or cuda:N (default: a GPU if there is one)")
+    add_flags(parser, [SEED, PROGRESS])
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -56,22 +58,22 @@ def _demo(arguments: argparse.Namespace) -> None:
     source = arguments.image or str(EXAMPLE_IMAGE)
     image = open_image(source)
     folders = demo_model(
-        arguments.cache, lambda folder: say(f"Making a small model with random weights, once, in {folder}")
+        arguments.cache, lambda folder: echo(f"Making a small model with random weights, once, in {folder}")
     )
-    settings = given(device=arguments.device)
-    keywords = given(seed=arguments.seed, progress=arguments.progress or None)
+    settings = without_none(device=arguments.device)
+    keywords = values_of(arguments, [SEED, PROGRESS])
     stages = [
         Stage(task, str(folder), settings, keywords)
         for task, folder in zip(("image-to-video", "video-to-video"), folders)
     ]
     for stage in stages:
         stage.check()
-    say("Loading ModelScope")
-    say(f"Stage one, image to video, of {source}")
+    echo("Loading ModelScope")
+    echo(f"Stage one, image to video, of {source}")
     stages[0].run(image, first, arguments.debug)
-    say("Stage two, video to video, of stage one's")
+    echo("Stage two, video to video, of stage one's")
     stages[1].run({"video_path": first}, second, arguments.debug)
-    say(f"\n{_ABOUT_THE_WEIGHTS}")
+    echo(f"\n{_ABOUT_THE_WEIGHTS}")
 
 
 DEMO = Command(

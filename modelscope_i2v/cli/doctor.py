@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from .command import Command, say
+from .command import Command, echo
 
 
 def _add_doctor_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +20,9 @@ def _doctor(arguments: argparse.Namespace) -> None:
     findings = diagnose(folder)
     width = max(len(finding.subject) for finding in findings)
     for finding in findings:
-        say(f"{'!' if finding.is_problem else ' '} {finding.subject:<{width}}  {finding.state}")
+        echo(f"{'!' if finding.is_problem else ' '} {finding.subject:<{width}}  {finding.state}")
         if finding.is_problem:
-            say(f"  {'':<{width}}  -> {finding.advice}")
+            echo(f"  {'':<{width}}  -> {finding.advice}")
     problems = sum(finding.is_problem for finding in findings)
     if problems:
         raise I2VError(f"{problems} problem{'s' if problems > 1 else ''} found")

@@ -7,7 +7,16 @@ import os
 from typing import Any
 
 from ..errors import InvalidInputError
-from .command import Command, add_run_arguments, given, say, size_argument
+from ..settings.keywords import REFINE_PREFIX, check_keywords, split_keywords
+from .command import Command, echo, without_none
+from .flags import (
+    add_flags,
+    add_loading_flags,
+    first_stage_flags,
+    loading_values,
+    second_stage_flags,
+    values_of,
+)
 from .stages import HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO, Stage, download, quiet, release_memory
 
 
@@ -17,28 +26,16 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", required=True, metavar="PATH", help="the video to write: .mp4, .m4v or .mov")
     add("--model", default=HUB_ID_IMAGE_TO_VIDEO, metavar="DIR_OR_ID",
         help="stage one's folder, or its id on the hub (default: %(default)s)")  # fmt: skip
-    add("--steps", type=int, metavar="N", help="of denoising")
-    add("--guide-scale", type=float, metavar="X", help="how closely to follow the image")
-    add("--frames", type=int, metavar="N", help="the video's length")
-    add("--size", type=size_argument, metavar="WxH", help="of the video, in pixels")
-    add("--fps", type=int, metavar="N", help="frames per second")
-    add("--precision", metavar="P", help="auto, fp32, fp16 or bf16")
-    add("--low-memory", action="store_true", default=None, help="use the GPU's memory sparingly")
-    add("--compile", action="store_true", default=None, help="compile the networks' blocks first")
-    add("--solver", metavar="S", help="ddim, or dpmpp: approximate, in half as many steps")
-    add("--reuse-interval", type=int, metavar="N",
-        help="approximate: compute deep features at every Nth step only")  # fmt: skip
     add("--like", metavar="VIDEO", help="with the seed and all else that a video of ours was made with")
-    add_run_arguments(parser)
+    add_loading_flags(parser)
+    add_flags(parser, first_stage_flags())
     refine = parser.add_argument_group("stage two: a larger, sharper video")
     refine.add_argument("--refine", nargs="?", const="", metavar="DIR_OR_ID",
         help="run it too, of this folder or id on the hub (default: stage one's folder if it describes both "
         f"stages, else {HUB_ID_VIDEO_TO_VIDEO})")  # fmt: skip
-    refine.add_argument("--text", metavar="T", help="what the video shows, in English")
-    refine.add_argument("--refine-steps", type=int, metavar="N", help="of denoising in stage two")
-    refine.add_argument(
-        "--refine-size", type=size_argument, metavar="WxH", help="of the final video, in pixels"
-    )
+    only_second, own_of_second = second_stage_flags()
+    add_flags(refine, only_second)
+    add_flags(refine, own_of_second, REFINE_PREFIX)
     refine.add_argument("--keep-first", metavar="PATH", help="write stage one's video there")
 
 
@@ -65,7 +62,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     with quiet(arguments.debug):
         video = stages[0].build(arguments.debug).generate(image, **stages[0].keywords)
     if arguments.keep_first is not None:
-        say(write_video(video.frames, arguments.keep_first, video.fps, video.metadata))
+        echo(write_video(video.frames, arguments.keep_first, video.fps, video.metadata))
     release_memory()
     stages[1].run({"video_path": video}, arguments.output, arguments.debug)
 
@@ -82,15 +79,14 @@ def _keywords_like(path: str | None) -> tuple[dict[str, Any], dict[str, Any] | N
 
 
 def _check_refine_arguments(arguments: argparse.Namespace) -> None:
-    options = given(
-        text=arguments.text,
-        refine_steps=arguments.refine_steps,
-        refine_size=arguments.refine_size,
-        keep_first=arguments.keep_first,
-    )
-    if arguments.refine is None and options:
-        names = ", ".join("--" + name.replace("_", "-") for name in options)
-        raise InvalidInputError(f"without --refine there is no stage two for {names}")
+    if arguments.refine is None:
+        only, own = second_stage_flags()
+        flags = [each.flag for each in only if values_of(arguments, [each])]
+        flags += [f"refine-{each.flag}" for each in own if values_of(arguments, [each], REFINE_PREFIX)]
+        flags += ["keep-first"] if arguments.keep_first is not None else []
+        if flags:
+            names = ", ".join(f"--{flag}" for flag in flags)
+            raise InvalidInputError(f"without --refine there is no stage two for {names}")
     if arguments.keep_first and os.path.realpath(arguments.keep_first) == os.path.realpath(arguments.output):
         raise InvalidInputError(f"--keep-first and --output are the same file, {arguments.output!r}")
 
@@ -98,33 +94,28 @@ def _check_refine_arguments(arguments: argparse.Namespace) -> None:
 def _stages(
     arguments: argparse.Namespace, first_like: dict[str, Any], second_like: dict[str, Any]
 ) -> list[Stage]:
-    """The stages that the arguments ask for, which go before what another video was made with."""
-    settings = given(
-        device=arguments.device,
-        precision=arguments.precision,
-        low_memory=arguments.low_memory,
-        compile=arguments.compile,
-    )
-    both = given(
-        seed=arguments.seed,
-        fps=arguments.fps,
-        progress=arguments.progress or None,
-        reuse_interval=arguments.reuse_interval,
-    )
-    first = given(
-        steps=arguments.steps,
-        solver=arguments.solver,
-        guide_scale=arguments.guide_scale,
-        max_frames=arguments.frames,
-        resolution=arguments.size,
-    )
+    """Return the stages to run; what the arguments say goes before what another video was made with."""
+    settings = loading_values(arguments)
     model = os.path.expanduser(arguments.model)
-    stages = [Stage("image-to-video", model, settings, {**first_like, **both, **first})]
-    if arguments.refine is not None:
-        second = given(text=arguments.text, steps=arguments.refine_steps, resolution=arguments.refine_size)
-        refine = os.path.expanduser(arguments.refine) or _default_refine_model(model)
-        stages.append(Stage("video-to-video", refine, settings, {**second_like, **both, **second}))
-    return stages
+    keywords = values_of(arguments, first_stage_flags())
+    if arguments.refine is None:
+        return [
+            Stage(
+                "image-to-video",
+                model,
+                settings,
+                {**first_like, **check_keywords("image-to-video", keywords)},
+            )
+        ]
+    only, own = second_stage_flags()
+    both = without_none(refine_reuse_interval=arguments.reuse_interval)  # unless stage two has its own
+    second = {**values_of(arguments, only), **both, **values_of(arguments, own, REFINE_PREFIX)}
+    first, second = split_keywords({**keywords, **second})
+    refine = os.path.expanduser(arguments.refine) or _default_refine_model(model)
+    return [
+        Stage("image-to-video", model, settings, {**first_like, **first}),
+        Stage("video-to-video", refine, settings, {**second_like, **second}),
+    ]
 
 
 def _default_refine_model(model: str) -> str:

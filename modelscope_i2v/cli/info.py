@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .command import Command, say
+from .command import Command, echo
 
 
 def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,14 +24,14 @@ def _info(arguments: argparse.Namespace) -> None:
     first_stage = entries.pop(FIRST_STAGE, None)
     _show(entries)
     if isinstance(first_stage, dict):
-        say("\nof a video that was made so:")
+        echo("\nof a video that was made so:")
         _show(first_stage)
 
 
 def _show(entries: dict) -> None:
     for name, value in sorted(entries.items()):
         shown = "x".join(map(str, value)) if isinstance(value, list) else value
-        say(f"{name}: {shown}")
+        echo(f"{name}: {shown}")
 
 
 INFO = Command("info", "say how a video was made: its seed, its steps, its model", _add_info_arguments, _info)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 
-from .command import Command, add_run_arguments, given, say
+from ..settings.stages import Setting
+from .command import Command, echo
+from .flags import SEED, add_flags, add_loading_flags, first_stage_flags, loading_values, values_of
 from .stages import HUB_ID_IMAGE_TO_VIDEO, Stage, download, quiet
 
 
@@ -15,8 +17,12 @@ def _add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", required=True, metavar="FOLDER", help="for the videos and contact_sheet.png")
     add("--seeds", required=True, type=_seeds, metavar="N,N,...", help="one for each video")
     add("--model", default=HUB_ID_IMAGE_TO_VIDEO, metavar="DIR_OR_ID", help="(default: %(default)s)")
-    add("--steps", type=int, metavar="N", help="of denoising")
-    add_run_arguments(parser, seed=False)
+    add_loading_flags(parser)
+    add_flags(parser, _flags())
+
+
+def _flags() -> list[Setting]:
+    return [each for each in first_stage_flags() if each != SEED]  # which --seeds gives
 
 
 def _seeds(text: str) -> list[int]:
@@ -33,8 +39,8 @@ def _preview(arguments: argparse.Namespace) -> None:
     for seed in arguments.seeds:
         check_keywords("image-to-video", {"seed": seed})
     image = open_image(arguments.image)
-    keywords = given(steps=arguments.steps, progress=arguments.progress or None)
-    settings = given(device=arguments.device)
+    keywords = values_of(arguments, _flags())
+    settings = loading_values(arguments)
     stage = Stage("image-to-video", os.path.expanduser(arguments.model), settings, keywords)
     stage.check()
     if not os.path.exists(stage.model):
@@ -42,7 +48,7 @@ def _preview(arguments: argparse.Namespace) -> None:
         stage.check()
     with quiet(arguments.debug):
         stage.build(arguments.debug).preview(image, arguments.seeds, arguments.output, **keywords)
-    say(f"{os.path.join(arguments.output, 'contact_sheet.png')}: {len(arguments.seeds)} videos beside it")
+    echo(f"{os.path.join(arguments.output, 'contact_sheet.png')}: {len(arguments.seeds)} videos beside it")
 
 
 PREVIEW = Command(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Iterator, Mapping
 
 from ..errors import InvalidInputError, MissingFileError
-from .command import say
+from .command import echo
 
 #: The published models: their ids on ModelScope's hub, and the version that this package is for.
 HUB_ID_IMAGE_TO_VIDEO = "damo/Image-to-Video"
@@ -80,7 +80,7 @@ class Stage:
         video = read_video(path)
         count, height, width, _ = video.frames.shape
         took = time.monotonic() - start
-        say(f"{path}: {count} frames of {width}x{height} at {video.fps:g} fps, seed {seed} ({took:.0f} s)")
+        echo(f"{path}: {count} frames of {width}x{height} at {video.fps:g} fps, seed {seed} ({took:.0f} s)")
 
 
 def check_device(device: str | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import numbers
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterable
@@ -207,6 +206,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def nearest(name: Any, known: Iterable[str]) -> str | None:
     """Return the known name that an unknown one resembles, if it does."""
+    import difflib  # which takes a while, and is for slips only
+
     by_lower_case = {each.lower(): each for each in known}
     near = difflib.get_close_matches(str(name)[:100].lower(), by_lower_case, n=1, cutoff=0.7)
     return by_lower_case[near[0]] if near else None

@@ -1,0 +1,100 @@
+"""Command-line flags made from the declarations of the settings."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any, Iterable
+
+from ..settings.stages import (
+    CALL_ONLY,
+    IMAGE_TO_VIDEO,
+    VIDEO_TO_VIDEO,
+    Setting,
+    StageSettings,
+    call_settings,
+    loading_settings,
+)
+
+
+def size_argument(text: str) -> list[int]:
+    """Return [width, height] of a text such as 448x256."""
+    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is WIDTHxHEIGHT in pixels, as 448x256")
+    return [int(side) for side in match.groups()]
+
+
+def interval_argument(text: str) -> list[int]:
+    """Return [first, last] of a text such as 200-800."""
+    match = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is FIRST-LAST, as 200-800")
+    return [int(end) for end in match.groups()]
+
+
+#: What argparse needs to know of a flag, by the kind of its rule. Bounds and choices are checked later, with
+#: the words that every other way in has.
+_KINDS: dict[str, dict[str, Any]] = {
+    "integer": {"type": int, "metavar": "N"},
+    "number": {"type": float, "metavar": "X"},
+    "text": {"metavar": "TEXT"},
+    "choice": {},
+    "boolean": {"action": argparse.BooleanOptionalAction},
+    "size": {"type": size_argument, "metavar": "WxH"},
+    "interval": {"type": interval_argument, "metavar": "FIRST-LAST"},
+}
+
+
+def first_stage_flags() -> list[Setting]:
+    """Return the declarations of what a command line may give to stage one, or to both."""
+    return [each for each in call_settings(IMAGE_TO_VIDEO).values() if each.rule.kind in _KINDS]
+
+
+def second_stage_flags() -> tuple[list[Setting], list[Setting]]:
+    """Return what only stage two has, and what it has of its own beside stage one's."""
+    in_first = call_settings(IMAGE_TO_VIDEO)
+    flags = [each for each in call_settings(VIDEO_TO_VIDEO).values() if each.rule.kind in _KINDS]
+    only = [each for each in flags if each.name not in in_first]
+    return only, [each for each in flags if each.name in in_first and not each.both]
+
+
+def add_flags(parser: Any, settings: Iterable[Setting], prefix: str = "") -> None:
+    """Add a flag for each setting to a parser or a group; its value is found by ``values_of``."""
+    for each in settings:
+        options = dict(_KINDS[each.rule.kind])
+        if each.rule.kind == "choice":
+            options["metavar"] = f"{{{','.join(each.rule.choices)}}}"
+        parser.add_argument(
+            f"--{prefix.replace('_', '-')}{each.flag}",
+            dest=_destination(each, prefix),
+            default=None,
+            help=each.help.replace("%", "%%"),
+            **options,
+        )
+
+
+def values_of(arguments: argparse.Namespace, settings: Iterable[Setting], prefix: str = "") -> dict[str, Any]:
+    """Return the values of the flags that were given, by keyword."""
+    values = {_destination(each, prefix): getattr(arguments, _destination(each, prefix)) for each in settings}
+    return {keyword: value for keyword, value in values.items() if value is not None}
+
+
+def _destination(setting: Setting, prefix: str) -> str:
+    return prefix + (setting.keyword or setting.name)
+
+
+def add_loading_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of what concerns how a stage is loaded, and on which device."""
+    parser.add_argument("--device", metavar="D", help="cpu, gpu or cuda:N (default: a GPU if there is one)")
+    add_flags(parser, loading_settings().values())
+
+
+def loading_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what ``pipeline()`` shall be given of the flags of ``add_loading_flags``."""
+    device = {} if arguments.device is None else {"device": arguments.device}
+    return {**device, **values_of(arguments, loading_settings().values())}
+
+
+SEED = StageSettings.declared()["seed"]
+PROGRESS = CALL_ONLY["progress"]

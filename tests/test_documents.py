@@ -76,6 +76,12 @@ def test_its_two_commands_are_those_that_are_run():
     assert install == "pip install ." and command in {f"modelscope-i2v {each.name}" for each in cli.COMMANDS}
 
 
+def test_links_lead_somewhere():
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
 def test_its_code_compiles():
     blocks = code_blocks("python")
     assert len(blocks) >= 3

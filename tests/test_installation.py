@@ -18,6 +18,8 @@ import pytest
 from conftest import ROOT
 from environments import Environment
 
+pytestmark = pytest.mark.slow
+
 HOOK_FILES = {
     "_modelscope_i2v_autoload.py",
     "modelscope_i2v_autoload.pth",

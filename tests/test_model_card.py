@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shutil
 
+import pytest
+
 from modelscope_i2v.media.video import read_video
 
 ONE_STAGE = """\
@@ -25,6 +27,7 @@ new_output_video_path = pipe2({'video_path': output_video_path}, output_video='.
 """  # noqa: E501
 
 
+@pytest.mark.slow
 def test_both_snippets_make_videos_and_no_warnings(by_wheel, small_model, picture):
     """In a folder that holds both models under their ids on the hub."""
     shutil.copytree(small_model[0].parent, by_wheel.folder / "damo", dirs_exist_ok=True)

@@ -109,6 +109,7 @@ def test_a_call_goes_before_the_pipeline_and_that_before_the_file(folder_of, pic
     assert pipe(str(picture))["seed"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_safetensors_in_place_of_every_file(folder_of, small_model, picture, clip, stage):
     folder = folder_of(stage)
@@ -141,6 +142,7 @@ def test_missing_and_wrong_weights_are_named_before_anything_is_loaded(folder_of
         pipeline(STAGES[0], model=str(folder), device="cpu")
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_optional_packages():
     code = """if True:
         import importlib, pkgutil, sys

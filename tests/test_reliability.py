@@ -279,6 +279,7 @@ for _ in range(10):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is as Linux tells it")
 @pytest.mark.parametrize("stage", STAGES)
 def test_built_used_deleted_and_built_again(small_model, inputs, tmp_path, stage):

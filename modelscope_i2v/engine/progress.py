@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import contextmanager
 from typing import Callable, Iterator
@@ -55,7 +56,7 @@ class Progress:
             Interrupted: if the caller's callback raises StopIteration.
         """
         # None: tqdm's own choice, which is not to show a bar where stderr is no terminal.
-        disable = None if self.bar is None else not self.bar
+        disable = (None if not _in_notebook() else False) if self.bar is None else not self.bar
         with tqdm(total=total, desc=description, disable=disable) as bar:
 
             def after_step(step: int, timestep: float, x: Tensor) -> None:
@@ -71,3 +72,9 @@ class Progress:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+
+
+def _in_notebook() -> bool:
+    """Return whether this is a notebook's process; its stderr shows bars, and is no terminal."""
+    get_ipython = getattr(sys.modules.get("IPython"), "get_ipython", None)
+    return get_ipython is not None and hasattr(get_ipython(), "kernel")

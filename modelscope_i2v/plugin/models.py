@@ -15,6 +15,7 @@ from ..engine.stage import Stage
 from ..engine.video_to_video import VideoToVideo
 from ..errors import InvalidInputError
 from ..settings.configuration import SETTINGS_OF_STAGE
+from .preprocessors import PROMPT_KEYS
 from .registration import (
     IMAGE_TO_VIDEO,
     IMAGE_TO_VIDEO_MODEL,
@@ -118,13 +119,15 @@ class VideoToVideoModel(StageModel):
         Args:
             inputs: ``video_data`` [F, 3, H, W] in [-1, 1], of any size; optional: ``y`` [1, 77, width], the
                 prompt's embedding (else the request's prompt is embedded), ``request`` (else the settings'
-                own), and instead of the seed's draws ``posterior_noise`` [F, 4, h, w], ``noise``
-                [1, 4, F, h, w] and ``entropy``, the Brownian tree's seed.
+                own, with the inputs' ``text`` and the like), and instead of the seed's draws
+                ``posterior_noise`` [F, 4, h, w], ``noise`` [1, 4, F, h, w] and ``entropy``, the Brownian
+                tree's seed.
 
         Returns:
             [1, 3, F, H', W'] in about [-1, 1], float32 on the CPU.
         """
-        request = inputs.get("request") or self.stage.resolve({})[0]
+        prompts = {name: inputs[name] for name in PROMPT_KEYS if name in inputs}
+        request = inputs.get("request") or self.stage.resolve(prompts)[0]
         frames = _tensor(inputs, "video_data")
         if frames.ndim != 4 or frames.shape[1] != 3:
             raise InvalidInputError(f"video_data: must be [F, 3, H, W], got {list(frames.shape)}")

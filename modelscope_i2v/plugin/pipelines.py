@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, ClassVar, Iterable, Mapping
+import io
+import os
+from typing import Any, ClassVar, Iterable, Iterator, Mapping
 
 from modelscope.outputs import OutputKeys
 from modelscope.pipelines.base import Pipeline
@@ -16,14 +17,15 @@ from ..engine.progress import Progress
 from ..engine.two_stages import describes_second_stage
 from ..errors import ConfigurationError, InvalidInputError
 from ..media.contact_sheet import contact_sheet
-from ..media.video import check_writable
+from ..media.files import local_path
 from ..settings.configuration import SETTINGS_OF_STAGE
 from ..settings.keywords import check_keywords, keywords_of, split_keywords
 from ..settings.request import Request
 from ..settings.rules import integer, nearest, optional
 from ..settings.stages import loading_settings
 from .models import ImageToVideoModel, StageModel, VideoToVideoModel
-from .preprocessors import ImageToVideoPreprocessor, VideoToVideoPreprocessor
+from .outputs import Output, resolve_outputs
+from .preprocessors import PROMPT_KEYS, ImageToVideoPreprocessor, VideoToVideoPreprocessor, split_prompts
 from .registration import (
     IMAGE_TO_VIDEO,
     IMAGE_TO_VIDEO_PIPELINE,
@@ -40,6 +42,9 @@ _LOADING = tuple(loading_settings())
 
 class StagePipeline(Pipeline):
     """What both stages' pipelines have in common.
+
+    ModelScope's service reads the methods' signatures from the source of a subclass: what stands there has no
+    keyword-only parameters, and no parameter beyond the input that a client may not give.
 
     ``chunk_size`` and ``overlap_size`` (frames, None for the default) say how a long video goes through the
     network: see ``modelscope_i2v.samplers.velocity.windowed``.
@@ -86,8 +91,8 @@ class StagePipeline(Pipeline):
         """Generate a video, or a list of videos from a list of inputs.
 
         Args:
-            input: what the stage takes, or a list of such.
-            output_video: the path to write to (for a list of inputs, a list of as many), or None for bytes.
+            input: what the stage takes, or a list, tuple or iterator of such.
+            output_video: the path to write to (for several inputs, a list of as many), or None for bytes.
             batch_size: accepted; each input is generated on its own, so that it gives the same video alone.
             **keywords: ``seed``, ``steps``, ``guide_scale``, ``max_frames``, ``resolution`` (width, height),
                 ``fps``, ``callback``, ``generator``, ``progress``, and stage two's ``text`` and others.
@@ -96,33 +101,22 @@ class StagePipeline(Pipeline):
             For each input a dict: ``OutputKeys.OUTPUT_VIDEO`` is the path, or the file's bytes; beside it how
             the video was made, under the names of ``modelscope_i2v.settings.record.record``.
         """
-        optional(integer(1, 1024)).check("batch_size", keywords.pop("batch_size", None), InvalidInputError)
-        if not isinstance(input, list):
+        _drop_batch_size(keywords)
+        inputs = _several(input)
+        if inputs is None:
             return super().__call__(input, *args, **keywords)
-        paths = self._output_paths(keywords.pop("output_video", None), len(input))
-        for path in paths:
-            self._sanitize_parameters(output_video=path, **keywords)  # before the first is generated
+        outputs = resolve_outputs(_names("output_video", keywords.pop("output_video", None), len(inputs)))
+        self._sanitize_parameters(**keywords)  # before the first is generated
         return [
-            super(StagePipeline, self).__call__(item, *args, output_video=path, **keywords)
-            for item, path in zip(input, paths)
+            super(StagePipeline, self).__call__(item, *args, output_video=output, **keywords)
+            for item, output in zip(inputs, outputs)
         ]
-
-    @staticmethod
-    def _output_paths(given: Any, count: int) -> list[Any]:
-        if given is None:
-            return [None] * count
-        if not isinstance(given, (list, tuple)) or len(given) != count:
-            raise InvalidInputError(
-                f"output_video: for a list of {count} inputs a list of {count} paths is needed, got {given!r}"
-            )
-        return list(given)
 
     def _sanitize_parameters(self, output_video: Any = None, **keywords: Any) -> tuple[dict, dict, dict]:
         """Return the parameters of the three steps below, checked before any work."""
         checked = check_keywords(self.model_class.stage_class.name, keywords)
-        if output_video is not None:
-            check_writable(output_video)
-        return checked, {}, {"output_video": output_video}
+        [output] = resolve_outputs([output_video])
+        return checked, {}, {"output_video": output}
 
     def _check_input(self, input: Any) -> None:
         """Left to the preprocessor, which takes more kinds of input than ModelScope can declare."""
@@ -141,18 +135,23 @@ class StagePipeline(Pipeline):
     def forward(self, inputs: Mapping[str, Any]) -> GeneratedVideo:
         """Generate the video of a preprocessed input."""
         if "request" not in inputs:
-            request, progress = self._resolve({})
+            request, progress = self._resolve({name: inputs[name] for name in PROMPT_KEYS if name in inputs})
             inputs = {**inputs, "request": request, "progress": progress}
         return self._generate(inputs)
 
     def postprocess(self, inputs: GeneratedVideo, output_video: Any = None) -> dict[str, Any]:
         """Write a generated video to ``output_video``, or make its file's bytes."""
-        return self._result(inputs, output_video)
+        [output] = resolve_outputs([output_video])
+        return self._result(inputs, output)
 
-    def _result(self, video: GeneratedVideo, path: Any) -> dict[str, Any]:
+    def _result(self, video: GeneratedVideo, output: Output | None) -> dict[str, Any]:
         progress = Progress()
         with progress.phase("writing"):
-            output = video.to_bytes() if path is None else video.save(path)
+            if output is None:
+                file: str | bytes = video.to_bytes()
+            else:
+                video.save(output.path)
+                file = output.name
         progress.seconds = {**video.seconds, **progress.seconds}
         count, height, width, _ = video.frames.shape
         record, device = video.record, device_of(self.model.generator)
@@ -160,7 +159,30 @@ class StagePipeline(Pipeline):
             f"{record['stage']}: seed {record['seed']}, {record['steps']} steps, {count} frames of "
             f"{width}x{height}, {record['precision']} on {device}, {record['mode']}: {progress}"
         )
-        return {OutputKeys.OUTPUT_VIDEO: output, **record}
+        return {OutputKeys.OUTPUT_VIDEO: file, **record}
+
+
+def _drop_batch_size(keywords: dict[str, Any]) -> None:
+    optional(integer(1, 1024)).check("batch_size", keywords.pop("batch_size", None), InvalidInputError)
+
+
+def _several(input: Any) -> list[Any] | None:
+    """Return the inputs of a list, a tuple or an iterator, None for one input."""
+    several = isinstance(input, (list, tuple, Iterator)) and not isinstance(input, io.IOBase)
+    return list(input) if several else None
+
+
+def _names(keyword: str, names: Any, count: int) -> list[Any]:
+    """Return the names of so many files."""
+    if names is None:
+        return [None] * count
+    if not isinstance(names, (list, tuple)) or len(names) != count:
+        allowed = "True or " if keyword == "keep_first" else ""
+        raise InvalidInputError(
+            f"{keyword}: for a list of {count} inputs {allowed}a list of {count} paths is needed, "
+            f"got {names!r}"
+        )
+    return list(names)
 
 
 @register_class(PIPELINES, IMAGE_TO_VIDEO, VIDEO_TO_VIDEO_PIPELINE)
@@ -192,10 +214,8 @@ class ImageToVideoPipeline(StagePipeline):
         if refine:
             self._second_stage = self._load_second_stage()
 
-    def __call__(
-        self, input: Any, *args: Any, refine: bool = False, keep_first: Any = False, **keywords: Any
-    ) -> dict[str, Any] | list[dict[str, Any]]:
-        """As of ``StagePipeline``; with ``refine``, both stages.
+    def __call__(self, input: Any, *args: Any, **keywords: Any) -> dict[str, Any] | list[dict[str, Any]]:
+        """Do as ``StagePipeline`` does; with ``refine``, both stages.
 
         Args:
             refine: whether the result is stage two's video of stage one's frames. Keywords that only stage
@@ -203,17 +223,17 @@ class ImageToVideoPipeline(StagePipeline):
                 (``refine_steps``, ``refine_resolution``, ...); ``seed`` and the others go to stage one, and
                 ``seed``, ``fps``, ``callback``, ``progress`` and ``generator`` to both.
             keep_first: with ``refine``, stage one's video too: True for a file beside the output, named
-                ``*.i2v.mp4``, or a path; returned as ``first_video``.
+                ``*.i2v.mp4``, or a path (for several inputs, a list of as many); returned as ``first_video``.
         """
+        refine, keep_first = keywords.pop("refine", False), keywords.pop("keep_first", None)
         if not refine:
             return super().__call__(input, *args, **keywords)
-        if not isinstance(input, list):
-            return self._refined(input, keep_first, keywords)
-        paths = self._output_paths(keywords.pop("output_video", None), len(input))
-        return [
-            self._refined(item, keep_first, {**keywords, "output_video": path})
-            for item, path in zip(input, paths)
-        ]
+        _drop_batch_size(keywords)
+        inputs, names = _several(input), keywords.pop("output_video", None)
+        if inputs is None:
+            first_names = keep_first if keep_first in (None, True, False) else [keep_first]
+            return self._refined([input], [names], first_names, keywords)[0]
+        return self._refined(inputs, _names("output_video", names, len(inputs)), keep_first, keywords)
 
     def preview(
         self, input: Any, seeds: Iterable[int], output_folder: Any = None, **keywords: Any
@@ -229,21 +249,21 @@ class ImageToVideoPipeline(StagePipeline):
         Returns:
             ``videos``: the results, one for each seed; ``contact_sheet``: a PIL image of all of them.
         """
-        folder = None if output_folder is None else Path(output_folder)
+        folder = None if output_folder is None else os.path.join(os.getcwd(), local_path(output_folder))
         seeds = list(seeds)
         if not seeds:
             raise InvalidInputError("seeds: at least one is needed")
-        paths = [None if folder is None else folder / f"seed_{seed}.mp4" for seed in seeds]
-        for path in paths:
-            self._sanitize_parameters(output_video=path, **keywords)  # before the first is generated
+        names = [None if folder is None else os.path.join(folder, f"seed_{seed}.mp4") for seed in seeds]
+        outputs = [resolve_outputs([name])[0] for name in names]
+        self._sanitize_parameters(**keywords)  # before the first is generated
         results, rows = [], []
-        for seed, path in zip(seeds, paths):
+        for seed, output in zip(seeds, outputs):
             video = self.generate(input, **{**keywords, "seed": seed})
-            results.append(self._result(video, path))
+            results.append(self._result(video, output))
             rows.append((f"seed {seed}", video.frames))
         sheet = contact_sheet(rows)
         if folder is not None:
-            sheet.save(folder / "contact_sheet.png")
+            sheet.save(os.path.join(folder, "contact_sheet.png"))
         return {"videos": results, "contact_sheet": sheet}
 
     def generate(self, input: Any, **keywords: Any) -> GeneratedVideo:
@@ -259,19 +279,31 @@ class ImageToVideoPipeline(StagePipeline):
     def _generate(self, inputs: Mapping[str, Any]) -> GeneratedVideo:
         return self.model.stage.generate(inputs["vit_frame"], inputs["request"], inputs["progress"])
 
-    def _refined(self, input: Any, keep_first: Any, keywords: dict[str, Any]) -> dict[str, Any]:
-        output = keywords.pop("output_video", None)
+    def _refined(
+        self, inputs: list[Any], names: list[Any], keep_first: Any, keywords: Mapping[str, Any]
+    ) -> list[dict[str, Any]]:
+        """Return stage two's videos of the inputs; ``keep_first`` is true, false or as many names."""
+        if keep_first is True:
+            first_names = [name and os.path.splitext(local_path(name))[0] + ".i2v.mp4" for name in names]
+        else:
+            first_names = _names("keep_first", keep_first or None, len(inputs))
+        outputs = resolve_outputs([*names, *first_names])
         first_keywords, second_keywords = split_keywords(keywords)
-        first_path = _first_path(keep_first, output)
         if self._second_stage is None:
             self._second_stage = self._load_second_stage()
         # Before any work.
-        self._second_stage._sanitize_parameters(output_video=output, **second_keywords)
-        self._sanitize_parameters(output_video=first_path, **first_keywords)
-        video = self.generate(input, **first_keywords)
-        kept = self._result(video, first_path) if keep_first else {}
-        result = self._second_stage(video, output_video=output, **second_keywords)
-        return {**result, "first_video": kept[OutputKeys.OUTPUT_VIDEO]} if kept else result
+        self._sanitize_parameters(**first_keywords)
+        self._second_stage._sanitize_parameters(**second_keywords)
+        self._second_stage._resolve({**second_keywords, "generator": None})  # which a request would draw from
+        results = []
+        for input, output, first_output in zip(inputs, outputs, outputs[len(inputs) :]):
+            video = self.generate(input, **first_keywords)
+            kept = self._result(video, first_output) if keep_first is True or first_output else {}
+            result = self._second_stage(video, output_video=output, **second_keywords)
+            if kept:
+                result["first_video"] = kept[OutputKeys.OUTPUT_VIDEO]
+            results.append(result)
+        return results
 
     def _load_second_stage(self) -> VideoToVideoPipeline:
         options = {"device": self.device_name, **self._second_stage_settings}
@@ -286,13 +318,6 @@ class ImageToVideoPipeline(StagePipeline):
             )
         second.model.stage.share_autoencoder(self.model.stage)
         return second
-
-
-def _first_path(keep_first: Any, output: Any) -> str | None:
-    """Where stage one's video goes; None for nowhere, or for bytes."""
-    if not keep_first or (keep_first is True and output is None):
-        return None
-    return str(Path(output).with_suffix(".i2v.mp4")) if keep_first is True else str(keep_first)
 
 
 @register_class(PIPELINES, VIDEO_TO_VIDEO, IMAGE_TO_VIDEO_PIPELINE)
@@ -312,31 +337,22 @@ class VideoToVideoPipeline(StagePipeline):
     model_class = VideoToVideoModel
     preprocessor_class = VideoToVideoPreprocessor
 
-    #: What may stand in the input dict beside the video; a keyword of the call goes before it.
-    input_keys = ("text", "positive_prompt", "negative_prompt", "total_noise_levels")
-
     def _sanitize_parameters(self, output_video: Any = None, **keywords: Any) -> tuple[dict, dict, dict]:
         """As of ``StagePipeline``; a call's frames are read only as they are encoded."""
         for_preprocess, *others = super()._sanitize_parameters(output_video, **keywords)
         return ({**for_preprocess, "streamed": True}, *others)
 
-    def preprocess(self, input: Any, streamed: bool = False, **keywords: Any) -> dict[str, Any]:
+    def preprocess(self, input: Any, **keywords: Any) -> dict[str, Any]:
         """Return what the model takes for one input, which may also be a dict.
 
         Args:
-            input: the video, alone or as ``video_path`` in a dict.
-            streamed: give the ``video`` as it is, to be read frame by frame, instead of ``video_data``.
-            **keywords: those of a call.
+            input: the video, alone or as ``video_path`` in a dict; a keyword precedes what else is in it.
+            **keywords: those of a call; ``streamed``: give the ``video`` as it is, to be read frame by frame,
+                instead of ``video_data``.
         """
-        video = input
-        if isinstance(input, Mapping):
-            if "video_path" not in input:
-                raise InvalidInputError(
-                    f"video-to-video: the input needs the key 'video_path', got {', '.join(map(str, input))}"
-                )
-            video = input["video_path"]
-            in_dict = {name: input[name] for name in self.input_keys if name in input}
-            keywords = {**check_keywords(VIDEO_TO_VIDEO, in_dict), **keywords}
+        streamed = keywords.pop("streamed", False)
+        video, prompts = split_prompts(input)
+        keywords = {**check_keywords(VIDEO_TO_VIDEO, prompts), **keywords}
         if not streamed or type(self.preprocessor) is not VideoToVideoPreprocessor:
             return super().preprocess(video, **keywords)
         request, progress = self._resolve(keywords)

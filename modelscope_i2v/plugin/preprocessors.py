@@ -21,7 +21,7 @@ from .registration import (
     register_class,
 )
 
-#: What stage two's input may hold beside the video.
+#: What stage two's input may hold beside the video; further keys are left alone.
 PROMPT_KEYS = ("text", "positive_prompt", "negative_prompt", "total_noise_levels")
 
 
@@ -53,12 +53,20 @@ class VideoToVideoPreprocessor(Preprocessor):
         self.transform = transform or VideoTransform()
 
     def __call__(self, data: Any) -> dict[str, Any]:
-        source = _entry(data, "video_path", VIDEO_TO_VIDEO)
+        source, prompts = split_prompts(data)
         video = source if isinstance(source, Video) else read_video(source)
-        prompts = (
-            {name: data[name] for name in PROMPT_KEYS if name in data} if isinstance(data, Mapping) else {}
-        )
         return {**prompts, "video_data": self.transform(video.frames), "source_metadata": video.metadata}
+
+
+def split_prompts(data: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the video of stage two's input, and what that gives of :data:`PROMPT_KEYS`.
+
+    Raises:
+        InvalidInputError: for a mapping without ``video_path``.
+    """
+    video = _entry(data, "video_path", VIDEO_TO_VIDEO)
+    prompts = data if isinstance(data, Mapping) else {}
+    return video, {name: prompts[name] for name in PROMPT_KEYS if name in prompts}
 
 
 def _entry(data: Any, key: str, stage: str) -> Any:

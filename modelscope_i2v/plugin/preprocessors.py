@@ -8,7 +8,7 @@ from modelscope.preprocessors.base import Preprocessor
 from modelscope.preprocessors.builder import PREPROCESSORS
 from torch import Tensor
 
-from ..errors import InvalidInputError
+from ..errors import InvalidInputError, describe
 from ..media.images import open_image
 from ..media.preprocessing import ClipImageTransform, VideoTransform
 from ..media.video import Video, read_video
@@ -78,6 +78,6 @@ def _entry(data: Any, key: str, stage: str) -> Any:
     if not isinstance(data, Mapping):
         return data
     if key not in data:
-        got = ", ".join(map(str, data)) or "none"
+        got = ", ".join(name if isinstance(name, str) else describe(name) for name in data) or "none"
         raise InvalidInputError(f"{stage}: the input needs the key {key!r}, got {got}")
     return data[key]

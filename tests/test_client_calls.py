@@ -271,6 +271,28 @@ def test_first_videos_names_are_checked_before_any_work(
     assert not steps and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("slip", "message"),
+    [
+        ({"sead": 3}, "image-to-video has no keyword 'sead'; did you mean 'seed'"),
+        ({"textt": "a boat"}, "video-to-video has no keyword 'textt'; did you mean 'text'"),
+        ({"refine_step": 3}, "video-to-video has no keyword 'refine_step'; did you mean 'refine_steps'"),
+    ],
+)
+def test_a_slip_is_named_among_the_keywords_of_its_stage(slip, message, both, inputs):
+    with pytest.raises(InvalidInputError, match=message):
+        both(inputs[STAGES[0]], refine=True, **slip)
+
+
+@pytest.mark.parametrize("refine", [False, True])
+def test_an_unknown_keyword_is_ignored_with_one_warning(refine, both, inputs, caplog):
+    name = f"variant_of_{refine}"
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            both(inputs[STAGES[0]], refine=refine, **{name: "fp16"})
+    assert [name in message for message in caplog.messages].count(True) == 1
+
+
 # Ending a call, and seeing how far it is
 
 

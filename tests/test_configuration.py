@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +445,35 @@ def test_text_that_is_no_json_is_located(tmp_path, text, line, columns):
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "configuration.json").write_bytes('{"task": "\u00e9"}'.encode("latin-1"))
     assert refusal_of(tmp_path).startswith(f"{tmp_path / 'configuration.json'}: is not UTF-8 text: ")
+
+
+@pytest.mark.parametrize(
+    "text, key",
+    [
+        ('{"task": "image-to-video", "task": "image-to-video"}', "task"),
+        ('{"task": "image-to-video", "model": {"model_cfg": {"steps": 1, "steps": 2}}}', "steps"),
+        ('{"task": "image-to-video", "model": {"model_cfg": {"UNet": {"dim": 320, "dim": 320}}}}', "dim"),
+    ],
+)
+def test_key_that_stands_twice_in_one_object_is_refused(tmp_path, text, key):
+    message = f"is no configuration: the key {key!r} stands twice in one object"
+    assert refusal_of(written(tmp_path, text)) == f"{tmp_path / 'configuration.json'}: {message}"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes here")
+@pytest.mark.timeout(20)
+def test_what_is_no_ordinary_file_is_refused_at_once(tmp_path):
+    path = tmp_path / "configuration.json"
+    os.mkfifo(path)
+    assert refusal_of(tmp_path) == f"{path}: is no configuration: it is not an ordinary file"
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert refusal_of(tmp_path) == f"{path}: is no configuration: it is not an ordinary file"
+
+
+def test_huge_file_is_refused(tmp_path):
+    written(tmp_path, json.dumps(HUB[ONE]) + " " * 2**20)
+    assert "is no configuration: it is larger than 1,048,576 bytes" in refusal_of(tmp_path)
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from modelscope_i2v.settings.stages import (
     VideoToVideoSettings,
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 ONE, TWO = "image-to-video", "video-to-video"
 SETTINGS = {ONE: ImageToVideoSettings, TWO: VideoToVideoSettings}
 
@@ -184,6 +187,12 @@ def test_request_is_what_is_computed_and_nothing_else():
     assert Request.resolve(ImageToVideoSettings(), keywords).seed >= 0
     named = {"stage"}.union(*(computed_settings(stage) for stage in SETTINGS))
     assert named == {field.name for field in dataclasses.fields(Request)}
+
+
+def test_declarations_are_read_without_torch():
+    code = "import sys; import modelscope_i2v.settings.request, modelscope_i2v.settings.keywords; "
+    code += "sys.exit(bool({'torch', 'numpy', 'open_clip', 'modelscope'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 # As text

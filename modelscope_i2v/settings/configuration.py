@@ -113,11 +113,11 @@ def read_configuration(folder: str | Path) -> dict[str, Any]:
 def _read_text(path: Path) -> str:
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for, a device has no end
-        raise ConfigurationError(f"{path}: is not an ordinary file")
+        raise ValueError("it is not an ordinary file")
     with path.open("rb") as file:
         data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
-        raise ConfigurationError(f"{path}: is larger than {_MOST_BYTES:,} bytes, which no configuration is")
+        raise ValueError(f"it is larger than {_MOST_BYTES:,} bytes")
     return data.decode("utf-8-sig")
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any, Iterable, Sequence
@@ -55,9 +54,9 @@ TABLES = {"settings": settings_table, "keywords": keywords_table}
 def with_tables(text: str) -> str:
     """Return a document with the tables between its markers, ``<!-- settings:begin -->`` and the like."""
     for name, table in TABLES.items():
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
-        between = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-        text = between.sub(lambda _, t=table, b=begin, e=end: f"{b}{t()}{e}", text)
+        before, begin, rest = text.partition(f"<!-- {name}:begin -->\n")
+        _, end, after = rest.partition(f"<!-- {name}:end -->")
+        text = f"{before}{begin}{table()}{end}{after}" if end else text
     return text
 
 

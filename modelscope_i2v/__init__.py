@@ -8,10 +8,10 @@ Importing this package, or installing it, makes it the implementation of ModelSc
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from modelscope_i2v.plugin.activation import activate
 
+TYPE_CHECKING = False  # as typing's, whose import would be most of what importing this package costs
 if TYPE_CHECKING:
     from modelscope_i2v.engine.image_to_video import ImageToVideo
     from modelscope_i2v.engine.two_stages import TwoStages
@@ -23,7 +23,7 @@ __all__ = ["ImageToVideo", "TwoStages", "VideoToVideo", "__version__"]
 _MODULES = {"ImageToVideo": "image_to_video", "TwoStages": "two_stages", "VideoToVideo": "video_to_video"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type:
     if name in _MODULES:
         return getattr(importlib.import_module(f"modelscope_i2v.engine.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

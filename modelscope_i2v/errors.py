@@ -75,3 +75,11 @@ def describe(value: Any, length: int = 100) -> str:
     except Exception:  # whatever a foreign __repr__ raises; of an int, more digits than Python converts
         return f"a value of type {type(value).__name__}"
     return shown if len(shown) <= length else shown[: length - 3] + "..."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on whichever device."""
+    # The CPU's allocator, CUDA's and CUDA's libraries raise RuntimeErrors.
+    words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+    is_worded_so = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    return isinstance(error, MemoryError) or is_worded_so

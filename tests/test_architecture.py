@@ -28,9 +28,9 @@ ALLOWED = {
 OUTER = {"modelscope", "argparse", "flask", "fastapi", "gradio", "nicegui", "starlette"}
 DOORS = {"plugin", "cli"}
 #: Of ``models``, what settings read from a file are made of.
-ARCHITECTURES = {"AutoencoderConfig", "ClipConfig", "UNetConfig", "LAYER_CHOICES"}
+ARCHITECTURES = {"AutoencoderConfig", "ClipConfig", "UNetConfig", "ATTENTION_CHOICES", "LAYER_CHOICES"}
 #: Imports in the wrong direction that are being taken away.
-LEAVING = {"modelscope_i2v/weights/lean.py: engine"}
+LEAVING = {"modelscope_i2v/settings/request.py: engine", "modelscope_i2v/weights/lean.py: engine"}
 
 
 def imports(path: Path) -> list[tuple[str, str | None]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -15,20 +16,19 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from modelscope_i2v.errors import CheckpointError, MissingFileError
+from modelscope_i2v.errors import CheckpointError, MissingFileError, NotEnoughMemoryError
 from modelscope_i2v.models.layers import in_channels_last
 from modelscope_i2v.weights import find_checkpoint, load_weights, loading, open_checkpoint
 
 SAVERS = {
     "zip": torch.save,
     "zip, protocol 4": lambda state, path: torch.save(state, path, pickle_protocol=4),
-    "legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
     "safetensors": lambda state, path: safetensors.torch.save_file(
         {key: value.detach().clone().contiguous() for key, value in state.items()}, path
     ),
 }
 TORCH_SAVERS = {name: save for name, save in SAVERS.items() if name != "safetensors"}
-DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64".split()
+DTYPES = "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 uint16".split()
 
 
 def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -72,23 +72,14 @@ def test_values_of_every_dtype_are_those_that_were_saved(tmp_path, save):
         for key, value in state.items():
             assert checkpoint[key].shape == (3, 2)
             assert checkpoint.read(key).dtype is value.dtype
-            assert torch.equal(checkpoint.read(key), value)
-
-
-@pytest.mark.parametrize("save", [SAVERS["zip"], SAVERS["safetensors"]], ids=["zip", "safetensors"])
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32])
-def test_dtypes_without_a_storage_class(tmp_path, save, dtype):
-    value = torch.arange(10).to(dtype)
-    save({"weight": value}, tmp_path / "weights")
-    with open_checkpoint(tmp_path / "weights") as checkpoint:
-        read = checkpoint.read("weight")
-    assert read.dtype is dtype
-    assert torch.equal(read.view(torch.uint8), value.view(torch.uint8))
+            assert torch.equal(checkpoint.read(key).view(torch.uint8), value.view(torch.uint8))
 
 
 @pytest.mark.parametrize("save", TORCH_SAVERS.values(), ids=TORCH_SAVERS)
 def test_views_parameters_and_shared_storages_as_torch_load_has_them(tmp_path, save):
     base = random_tensor(6, 8)
+    with_attributes = nn.Parameter(random_tensor(3))
+    with_attributes.note = "foreign state"
     save(
         OrderedDict(
             base=base,
@@ -101,6 +92,7 @@ def test_views_parameters_and_shared_storages_as_torch_load_has_them(tmp_path, s
             expanded=torch.tensor([[1.0, 2.0]]).expand(4, 2),
             channels_last=random_tensor(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
             parameter=nn.Parameter(base[2]),
+            with_attributes=with_attributes,
         ),
         tmp_path / "weights",
     )
@@ -111,15 +103,6 @@ def test_views_parameters_and_shared_storages_as_torch_load_has_them(tmp_path, s
             read = checkpoint.read(key)
             assert torch.equal(read, value), key
             assert read.is_contiguous() and read.untyped_storage().nbytes() == value.numel() * 4, key
-
-
-@pytest.mark.parametrize("save", TORCH_SAVERS.values(), ids=TORCH_SAVERS)
-def test_a_parameter_with_attributes_is_its_values(tmp_path, save):
-    parameter = nn.Parameter(random_tensor(3))
-    parameter.note = "foreign state"
-    save({"weight": parameter}, tmp_path / "weights")
-    with open_checkpoint(tmp_path / "weights") as checkpoint:
-        assert torch.equal(checkpoint.read("weight"), parameter)
 
 
 def test_a_conjugated_view_is_refused_rather_than_read_wrongly(tmp_path):
@@ -138,7 +121,6 @@ def test_prefix_is_stripped_and_only_floating_tensors_are_cast(tmp_path, save):
         assert sorted(checkpoint) == ["count", "weight"]
         assert torch.equal(checkpoint.read("weight", dtype=torch.float16), weight.half())
         assert checkpoint.read("count", dtype=torch.float16).dtype is torch.int64
-        assert checkpoint.read("weight", device="meta").is_meta
 
 
 @pytest.mark.parametrize("save", TORCH_SAVERS.values(), ids=TORCH_SAVERS)
@@ -163,17 +145,6 @@ def test_weights_get_a_layout_as_they_come(tmp_path):
     load_weights(other, tmp_path / "weights", layout=in_channels_last)
     assert torch.equal(other.weight, conv.weight) and torch.equal(other.bias, conv.bias)
     assert other.weight.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
-def test_what_was_read_outlives_the_file(tmp_path, save):
-    value = random_tensor(64, 64)
-    save({"weight": value}, tmp_path / "weights")
-    with open_checkpoint(tmp_path / "weights") as checkpoint:
-        read = checkpoint.read("weight")
-    (tmp_path / "weights").write_bytes(b"")
-    read += 1
-    assert torch.equal(read, value + 1)
 
 
 def test_every_header_length_is_recognised_as_safetensors(tmp_path):
@@ -320,24 +291,78 @@ def test_a_wrong_prefix_is_said_once_and_not_key_by_key(tmp_path):
         load_weights(network_on_meta(), tmp_path / "clip.bin")
 
 
-@pytest.mark.parametrize(
-    "ignore", [("visual.", "logit_scale"), lambda key: key[0] in "vl"], ids=["names", "predicate"]
-)
-def test_ignore_lets_pass_what_it_names_and_nothing_else(tmp_path, ignore):
-    state = {**network_state(), "visual.proj": torch.ones(2), "logit_scale": torch.ones(())}
-    torch.save(state, tmp_path / "clip.bin")
-    load_weights(network_on_meta(), tmp_path / "clip.bin", ignore=ignore)
-    torch.save({**state, "text_projection": torch.ones(1)}, tmp_path / "clip.bin")
-    with pytest.raises(CheckpointError, match=r"1 additional keys \('text_projection'\)"):
-        load_weights(network_on_meta(), tmp_path / "clip.bin", ignore=ignore)
-
-
-def test_ignore_takes_a_name_without_a_dot_for_a_whole_key(tmp_path):
+def test_ignore_lets_pass_what_it_names_and_nothing_else(tmp_path):
     torch.save({**network_state(), "logit_scale": torch.ones(1)}, tmp_path / "clip.bin")
-    load_weights(network_on_meta(), tmp_path / "clip.bin", ignore="logit_scale")
+    load_weights(network_on_meta(), tmp_path / "clip.bin", ignore={"logit_scale"})
     torch.save({**network_state(), "logit_scale_2": torch.ones(1)}, tmp_path / "clip.bin")
-    with pytest.raises(CheckpointError, match="logit_scale_2"):
-        load_weights(network_on_meta(), tmp_path / "clip.bin", ignore="logit_scale")
+    with pytest.raises(CheckpointError, match=r"1 additional keys \('logit_scale_2'\)"):
+        load_weights(network_on_meta(), tmp_path / "clip.bin", ignore={"logit_scale"})
+
+
+@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
+def test_weights_that_are_not_finite_are_named(tmp_path, monkeypatch, save):
+    monkeypatch.setattr(loading, "_PIECE", 2)
+    state = network_state("net.")
+    state["net.body.0.weight"][2, 3] = -65520.0  # the least that float16 rounds to infinity
+    state["net.body.1.running_mean"][1] = 1e5
+    path = tmp_path / "unet.pth"
+    save(state, path)
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(network_on_meta(), path, "net.", dtype=torch.float16)
+    assert str(caught.value) == (
+        f"The weights file '{path}' cannot be used: 2 of its weights are not finite ('net.body.0.weight', "
+        "'net.body.1.running_mean'); the first holds 65520, and fp16 goes up to 65504: use precision bf16 or "
+        "fp32."
+    )
+    for dtype in (None, torch.bfloat16, torch.float64):
+        load_weights(network_on_meta(), path, "net.", dtype=dtype)
+    state["net.body.0.weight"][2, 3] = 65519.0
+    state["net.body.1.running_mean"][1] = 65504.0
+    save(state, path)
+    load_weights(network_on_meta(), path, "net.", dtype=torch.float16)
+    for value, dtype in [("nan", None), ("inf", torch.bfloat16), ("-inf", torch.float16)]:
+        state["net.scale"] = torch.tensor(float(value))
+        save(state, path)
+        with pytest.raises(
+            CheckpointError, match=r"1 of its .*\('net.scale'\); .* NaN or infinity in the file"
+        ):
+            load_weights(network_on_meta(), path, "net.", dtype=dtype)
+
+
+def test_large_weights_whose_sum_is_beyond_the_precision_are_finite(tmp_path):
+    torch.save({"weight": torch.full((64, 4), 60_000.0)}, tmp_path / "weights")
+    network = nn.Linear(4, 64, bias=False)
+    load_weights(network, tmp_path / "weights", dtype=torch.float16)
+    assert (network.weight == 60_000).all()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["[enforce fail] DefaultCPUAllocator: can't allocate memory", "CUDA out of memory. Tried to", None],
+)
+def test_memory_that_runs_out_is_an_error_that_helps(tmp_path, words):
+    torch.save(network_state(), tmp_path / "weights")
+
+    def layout(weight):
+        raise MemoryError if words is None else RuntimeError(words)
+
+    with pytest.raises(NotEnoughMemoryError, match="weights' .*low_memory true, or precision fp16 or bf16"):
+        load_weights(network_on_meta(), tmp_path / "weights", layout=layout)
+
+
+def test_memory_that_really_runs_out(tmp_path):
+    """A sparse file of a terabyte in a network of a terabyte."""
+    header = '{"weight":{"dtype":"F32","shape":[%d],"data_offsets":[0,%d]}}' % (2**38, 2**40)
+    path = tmp_path / "weights"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    try:
+        os.truncate(path, 8 + len(header) + 2**40)
+    except OSError:
+        pytest.skip("this file system has no files of a terabyte")
+    network = nn.Module()
+    network.weight = nn.Parameter(torch.empty(2**38, device="meta"))
+    with pytest.raises(NotEnoughMemoryError, match="out of memory while reading the weights file"):
+        load_weights(network, path)
 
 
 MEASURE = """
@@ -346,7 +371,7 @@ from torch import nn
 from modelscope_i2v.weights import load_weights
 with torch.device("meta"):
     network = nn.Sequential(*(nn.Linear(1024, 2048, bias=False) for _ in range(8)))
-torch.ones(1024, 1024).to(getattr(torch, sys.argv[2]))  # brings in the code
+torch.ones(1024, 1024).to(getattr(torch, sys.argv[2])).sum().isfinite()  # brings in the code
 before = int(re.search(r"VmRSS:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
 load_weights(network, sys.argv[1], "wanted.", dtype=getattr(torch, sys.argv[2]))
 peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read()).group(1))
@@ -397,7 +422,7 @@ def test_a_missing_file_is_answered_with_what_is_there(tmp_path):
         find_checkpoint(tmp_path, "link.pth")
     with pytest.raises(MissingFileError, match="gone.pth"):
         open_checkpoint(tmp_path / "gone.pth")
-    with pytest.raises(CheckpointError, match="is none"):
+    with pytest.raises(CheckpointError, match="it is a folder"):
         open_checkpoint(tmp_path)
 
 
@@ -409,50 +434,32 @@ def saved(save, folder: Path, **tensors: torch.Tensor) -> bytes:
     return (folder / "saved").read_bytes()
 
 
-def torchscript(folder: Path) -> bytes:
-    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), folder / "saved")
-    return (folder / "saved").read_bytes()
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 5214604761\n"
 
 
-def zip_of(folder: Path, method: int) -> bytes:
-    with zipfile.ZipFile(folder / "saved", "w", method) as archive:
+def legacy(state: dict, path: Path) -> None:
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+def zipped(folder: Path) -> bytes:
+    with zipfile.ZipFile(folder / "saved", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("weights.pth", b"0" * 1000)
     return (folder / "saved").read_bytes()
 
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"ab" * 32 + b"\nsize 5214604761\n"
 WRONG_FILES = {
     "empty": (lambda d: b"", ["empty (0 bytes)", "download it again"]),
     "zeros": (lambda d: bytes(5000), ["filled with zeros", "5000", "download it again"]),
     "git-lfs pointer": (lambda d: LFS_POINTER, ["git-lfs pointer", "5,214,604,761 bytes", "git lfs pull"]),
     "web page": (lambda d: b"\n<!DOCTYPE html><html><body>403", ["web page (HTML)", "download"]),
-    "text": (lambda d: b"Entry not found", ["text file", "'Entry not found'"]),
-    "noise": (lambda d: bytes(range(100, 256)), ["not a checkpoint", "156 bytes", "64 65 66"]),
-    "gzip": (lambda d: b"\x1f\x8b\x08" + b"x" * 50, ["gzip", "unpack it first"]),
-    "plain pickle": (lambda d: b"\x80\x04N.", ["a pickle, but not one that torch.save wrote"]),
-    "TorchScript": (torchscript, ["TorchScript", "state_dict()"]),
-    "zip of a checkpoint": (
-        lambda d: zip_of(d, zipfile.ZIP_STORED),
-        ["no checkpoint", "'weights.pth'", "unpack"],
-    ),
-    "compressed zip": (
-        lambda d: zip_of(d, zipfile.ZIP_DEFLATED),
-        ["no checkpoint", "'weights.pth'", "unpack"],
-    ),
+    "text": (lambda d: b"Entry not found", ["not a checkpoint", "15 bytes", "'Entry not found'"]),
+    "torch's older format": (lambda d: saved(legacy, d), ["before version 1.6", "save it again"]),
+    "zip of a checkpoint": (zipped, ["no checkpoint", "'weights.pth'", "unpack"]),
     "zip cut short": (lambda d: saved(torch.save, d)[:-30], ["cut short", "download it again"]),
-    "zip cut in half": (lambda d: saved(torch.save, d)[:9000], ["cut short", "9000", "download it again"]),
-    "zip with a zeroed tail": (lambda d: saved(torch.save, d)[:9000] + bytes(9000), ["cut short", "18000"]),
-    "legacy cut short": (
-        lambda d: saved(SAVERS["legacy"], d)[:-1],
-        ["cut short", "should have at least 16,"],
-    ),
-    "legacy cut in its pickle": (lambda d: saved(SAVERS["legacy"], d)[:200], ["cut short"]),
-    "safetensors cut short": (
-        lambda d: saved(SAVERS["safetensors"], d)[:-1],
-        ["cut short", "16,463", "16,464"],
-    ),
-    "safetensors header only": (lambda d: saved(SAVERS["safetensors"], d)[:20], ["cut short", "20", "80"]),
-    "safetensors with more": (lambda d: saved(SAVERS["safetensors"], d) + b"x", ["accounts for 16464"]),
+    "zip cut in half": (lambda d: saved(torch.save, d)[:9000], ["cut short", "9,000", "download it again"]),
+    "safetensors cut short": (lambda d: saved(SAVERS["safetensors"], d)[:-1], ["cut short", "16,463"]),
+    "safetensors header only": (lambda d: saved(SAVERS["safetensors"], d)[:20], ["cut short", "20"]),
+    "safetensors with more": (lambda d: saved(SAVERS["safetensors"], d) + b"x", ["cut short or damaged"]),
 }
 
 

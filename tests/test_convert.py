@@ -26,7 +26,7 @@ from modelscope_i2v.errors import (
 )
 from modelscope_i2v.media.video import read_video, write_video
 from modelscope_i2v.settings.configuration import load_settings
-from modelscope_i2v.weights import open_checkpoint, safetensors_size, write_safetensors
+from modelscope_i2v.weights import open_checkpoint
 from modelscope_i2v.weights.conversion import convert_folder
 from modelscope_i2v.weights.parts import stage_parts
 
@@ -137,15 +137,6 @@ def test_the_folder_of_both_stages_gives_the_videos_of_the_two(small_model, comb
     assert pipeline(TWO, model=str(combined), device="cpu").model.cfg.latent_hei == 10
 
 
-def test_a_converted_folder_is_cast_when_it_is_loaded(combined, small_model):
-    pipe = pipeline(ONE, model=str(combined), device="cpu", precision="fp32")
-    (theirs,) = {parameter.dtype for parameter in pipe.model.parameters()}
-    assert theirs == torch.float32
-    key = "out.2.weight"
-    original = weights(small_model[0] / f"{UNETS[ONE]}.pth")[key]
-    assert torch.equal(pipe.model.generator.state_dict()[key], original.bfloat16().float())
-
-
 # --- what is written ---
 
 
@@ -155,7 +146,7 @@ def test_a_converted_folder_is_cast_when_it_is_loaded(combined, small_model):
 def test_what_the_networks_need_is_written_and_nothing_else(stage, precision, dtype, small_model, tmp_path):
     source, folder = small_model[STAGES.index(stage)], tmp_path / "new" / "folder"
     done = convert_folder(str(source), str(folder), precision)
-    stems = {"clip_encoder": CLIP, "autoencoder": AUTOENCODER, "generator": UNETS[stage]}
+    stems = {"clip_encoder": CLIP, "autoencoder": AUTOENCODER, "unet": UNETS[stage]}
     assert names(folder) == sorted(
         [*(f"{stem}.safetensors" for stem in stems.values()), "configuration.json"]
     )
@@ -212,16 +203,6 @@ def test_autoencoders_that_differ_are_both_kept(folder_of, small_model, tmp_path
     assert torch.equal(pipe.model.autoencoder.decoder.conv_out.bias, files[1][key])
 
 
-def test_autoencoders_that_are_the_same_after_casting_are_shared(folder_of, small_model, tmp_path):
-    second = folder_of(TWO)
-    edit_weights(
-        second / f"{AUTOENCODER}.ckpt",
-        lambda tensors: tensors.update({key: value.half() for key, value in tensors.items()}),
-    )
-    assert len(convert_folder([small_model[0], second], tmp_path / "fp16").files) == 4
-    assert len(convert_folder([small_model[0], second], tmp_path / "fp32", "fp32").files) == 5
-
-
 def test_each_stage_keeps_its_own_clip_tower(folder_of, small_model, tmp_path):
     second = folder_of(TWO)
 
@@ -235,26 +216,6 @@ def test_each_stage_keeps_its_own_clip_tower(folder_of, small_model, tmp_path):
     original = weights(small_model[0] / f"{CLIP}.bin")
     for key in ("visual.proj", "token_embedding.weight", "ln_final.bias"):
         assert torch.equal(clip[key], original[key] * (1 if key.startswith("visual") else 2)), key
-
-
-def test_clips_of_other_architectures_are_both_kept(folder_of, small_model, tmp_path):
-    second = folder_of(TWO)
-    contents = configuration(second)
-    text = contents["model"]["model_cfg"]["embedder"]["model_cfg"]["text_cfg"]
-    last = text["layers"]
-    text["layers"] += 1
-    (second / "configuration.json").write_text(json.dumps(contents), encoding="utf-8")
-
-    def edit(tensors: dict) -> None:
-        block = f"transformer.resblocks.{last - 1}."
-        for key in [key for key in tensors if key.startswith(block)]:
-            tensors[key.replace(block, f"transformer.resblocks.{last}.")] = tensors[key].clone()
-
-    edit_weights(second / f"{CLIP}.bin", edit)
-    done = convert_folder([small_model[0], second], tmp_path / "out")
-    assert [file.stages for file in done.files if file.network == "CLIP"] == [(ONE,), (TWO,)]
-    for stage in STAGES:  # each loads, of a file of its own
-        pipeline(stage, model=str(tmp_path / "out"), device="cpu")
 
 
 # --- names and settings ---
@@ -284,7 +245,7 @@ def test_file_names_from_elsewhere_become_plain_and_edits_stay(folder_of, small_
     assert "Bär 熊" in (tmp_path / "out" / "configuration.json").read_text(encoding="utf-8")
     shutil.rmtree(tmp_path / "elsewhere")
     for stage in STAGES:
-        path = stage_parts(load_settings(tmp_path / "out", stage), tmp_path / "out")["generator"].path
+        path = stage_parts(load_settings(tmp_path / "out", stage), tmp_path / "out")["unet"].path
         source = first / "deep" / "er" / "unet.pth" if stage == ONE else small_model[1] / f"{UNETS[TWO]}.pth"
         assert torch.equal(load_file(path)["out.2.weight"], weights(source)["out.2.weight"].half())
 
@@ -304,36 +265,6 @@ def test_names_of_one_stem_are_told_apart_wherever_they_stand(folder_of, tmp_pat
     pipeline(ONE, model=str(tmp_path / "out"), device="cpu")
 
 
-# --- the file format ---
-
-
-def test_tensors_of_every_kind_are_written_as_they_are(tmp_path):
-    tensors = {
-        "odd": torch.arange(3, dtype=torch.uint8),
-        "truth": torch.tensor([True, False, True]),
-        "scalar": torch.tensor(-1.5),
-        "empty": torch.zeros(0, 4),
-        "integers": torch.tensor([[-(2**63), 2**63 - 1]]),
-        "transposed": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3).T,
-        "special": torch.tensor([float("nan"), float("inf"), 6e-8], dtype=torch.float16),
-        "é\n": torch.ones(1, dtype=torch.float64),
-    }
-    layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
-    path = tmp_path / "weights.safetensors"
-    write_safetensors(path, layout, tensors.__getitem__)
-    assert path.stat().st_size == safetensors_size(layout)
-    for read in (load_file(path), weights(path)):
-        assert read.keys() == tensors.keys()
-        for key, tensor in tensors.items():
-            assert read[key].dtype == tensor.dtype and read[key].shape == tensor.shape
-            assert torch.equal(read[key].nan_to_num(), tensor.nan_to_num()), key
-    with open_checkpoint(path) as checkpoint:  # whoever maps the file needs the numbers aligned
-        for stored in checkpoint.values():
-            assert checkpoint._locate(stored.storage) % stored.dtype.itemsize == 0
-    with pytest.raises(ValueError, match="odd: announced as"):
-        write_safetensors(path, layout, lambda key: tensors[key] if key != "odd" else torch.zeros(3))
-
-
 # --- what cannot be converted ---
 
 
@@ -342,44 +273,29 @@ def test_a_weight_beyond_the_precision_is_named(folder_of, tmp_path):
     unet = folder / f"{UNETS[ONE]}.pth"
 
     def edit(tensors: dict) -> None:
-        tensors["out.2.bias"][:3] = torch.tensor([65519.0, -65520.0, float("inf")])
+        tensors["out.2.bias"][:2] = torch.tensor([65519.0, -65520.0])
 
     edit_weights(unet, edit)
     with pytest.raises(CheckpointError) as caught:
         convert_folder(folder, tmp_path / "out")
     assert str(caught.value) == (
-        f"The weights file '{unet}' cannot be converted to fp16: its tensor 'out.2.bias' holds 65520, and "
-        "fp16 goes up to 65504; convert it to bf16 instead."
+        f"The weights file '{unet}' cannot be used: 1 of its weights are not finite ('out.2.bias'); the "
+        "first holds 65520, and fp16 goes up to 65504: use precision bf16 or fp32."
     )
     assert not (tmp_path / "out").exists()
-    convert_folder(folder, tmp_path / "out", "bf16")  # what was infinite before may be so
+    convert_folder(folder, tmp_path / "out", "bf16")
     converted = load_file(tmp_path / "out" / f"{UNETS[ONE]}.safetensors")["out.2.bias"]
-    assert converted[:3].tolist() == [65536, -65536, float("inf")]
+    assert converted[:2].tolist() == [65536, -65536]
 
 
 def test_weights_that_do_not_fit_give_the_errors_of_loading(folder_of, tmp_path):
     folder = folder_of(ONE)
     unet = folder / f"{UNETS[ONE]}.pth"
-
-    def edit(tensors: dict) -> None:
-        del tensors["out.2.bias"]
-        tensors["unknown.weight"] = torch.zeros(1)
-
-    edit_weights(unet, edit)
-    messages = []
-    for attempt in (
-        lambda: convert_folder(folder, tmp_path / "out"),
-        lambda: pipeline(ONE, model=str(folder), device="cpu"),
-    ):
-        with pytest.raises(CheckpointError, match=r"1 missing keys \('out.2.bias'\); 1 additional") as caught:
-            attempt()
-        messages.append(str(caught.value).partition("The weights file")[2])
-    assert messages[0] == messages[1]
+    edit_weights(unet, lambda tensors: tensors.pop("out.2.bias"))
+    with pytest.raises(CheckpointError, match=r"1 missing keys \('out.2.bias'\)"):
+        convert_folder(folder, tmp_path / "out")
     unet.unlink()
     with pytest.raises(MissingFileError, match=unet.name):
-        convert_folder(folder, tmp_path / "out")
-    unet.write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"it is empty \(0 bytes\)"):
         convert_folder(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -443,11 +359,9 @@ def test_too_little_disk_is_said_before_anything_is_written(small_model, tmp_pat
     size = convert_folder(small_model[0], tmp_path / "first").size
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size - 1))
-    with pytest.raises(OutputError) as caught:
+    words = rf"cannot write '.*second': it will take [\d.]+ MB, and {size / 1e6:.2f} MB are free"
+    with pytest.raises(OutputError, match=words):
         convert_folder(small_model[0], tmp_path / "second")
-    shown = f"{size / 1e6:.2f} MB"
-    words = f"it will take {shown}, and {shown} are free on that disk"
-    assert str(caught.value) == f"cannot write '{tmp_path / 'second'}': {words}"
     assert names(tmp_path) == ["first"]
 
 
@@ -456,7 +370,7 @@ def test_too_little_disk_is_said_before_anything_is_written(small_model, tmp_pat
 
 @pytest.mark.parametrize(
     ("tensors", "is_there"),
-    [(1, True), (300, False), (1170, True)],  # of 1170: in CLIP's file, the UNet's, and at its end
+    [(1, True), (300, False)],  # in CLIP's file and the UNet's
 )
 def test_an_interrupt_leaves_nothing(small_model, tmp_path, monkeypatch, tensors, is_there):
     output = tmp_path / "new" / "folder"
@@ -485,7 +399,7 @@ def test_a_full_disk_leaves_nothing(small_model, tmp_path):
     for limit in (4, sizes[0], sizes[-1] - 1):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            with pytest.raises(OutputError, match=r"cannot write '.*\.safetensors': File too large"):
+            with pytest.raises(OutputError, match=r"cannot write '.*out': .*File too large"):
                 convert_folder(small_model[0], tmp_path / "out")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -1,22 +1,19 @@
-"""Running a stage: checked before its weights are loaded, and downloaded where it is not here."""
+"""Running a stage through ModelScope's own call, checked before its weights are loaded."""
 
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import re
 import sys
 import time
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Iterator, Mapping
 
 from ..errors import InvalidInputError, MissingFileError
 from .command import echo
-
-if TYPE_CHECKING:
-    from ..engine.generated import GeneratedVideo
-    from ..engine.image_to_video import ImageToVideo
-    from ..engine.video_to_video import VideoToVideo
 
 #: The published models: their ids on ModelScope's hub, and the version that this package is for.
 HUB_ID_IMAGE_TO_VIDEO = "damo/Image-to-Video"
@@ -27,10 +24,10 @@ _CHECKPOINTS = ("ckpt_clip", "ckpt_unet", "ckpt_autoencoder")
 
 
 @dataclass(frozen=True)
-class StageRun:
-    """A stage to run: its model, the settings that it is loaded with and the keywords of the call."""
+class Stage:
+    """A stage to run: the task, the model, what the pipeline is built with and what it is called with."""
 
-    stage: str
+    task: str
     model: str
     settings: Mapping[str, Any]
     keywords: Mapping[str, Any]
@@ -47,7 +44,7 @@ class StageRun:
         from ..settings.request import Request
         from ..weights import find_checkpoint
 
-        keywords = check_keywords(self.stage, self.keywords)
+        keywords = check_keywords(self.task, self.keywords)
         check_device(self.settings.get("device"))
         overrides = {name: value for name, value in self.settings.items() if name != "device"}
         if not os.path.exists(self.model):
@@ -55,47 +52,39 @@ class StageRun:
                 raise MissingFileError(
                     f"there is no folder {self.model!r}, nor is it an id on the hub, which is owner/name"
                 )
-            settings = SETTINGS_OF_STAGE[self.stage](**overrides)
+            settings = SETTINGS_OF_STAGE[self.task](**overrides)
             check_limits(settings, Request.resolve(settings, keywords))
             return
-        settings = load_settings(self.model, self.stage, overrides)
+        settings = load_settings(self.model, self.task, overrides)
         check_limits(settings, Request.resolve(settings, keywords))
         for name in _CHECKPOINTS:
             find_checkpoint(self.model, getattr(settings, name))
 
-    def downloaded(self) -> StageRun:
-        """Return this run with its model in a folder, checked."""
-        if os.path.exists(self.model):
-            return self
-        run = replace(self, model=download(self.model))
-        run.check()
-        return run
+    def build(self, debug: bool = False) -> Any:
+        """The pipeline, through ModelScope's own call."""
+        from modelscope.pipelines import pipeline
 
-    def load(self) -> ImageToVideo | VideoToVideo:
-        """Load the engine's stage."""
-        from ..engine.image_to_video import ImageToVideo
-        from ..engine.video_to_video import VideoToVideo
+        with quiet(debug):
+            return pipeline(self.task, model=self.model, **self.settings)
 
-        return {each.name: each for each in (ImageToVideo, VideoToVideo)}[self.stage].load(
-            self.model, **self.settings
-        )
-
-    def run(self, source: Any, output: str) -> GeneratedVideo:
+    def run(self, source: Any, output: str, debug: bool = False) -> None:
         """Make the video ``output`` of an image or a video, and say what it is."""
+        from modelscope.outputs import OutputKeys
+
+        from ..media.video import read_video
+
         start = time.monotonic()
-        video = self.load()(source, **self.keywords)
-        path = video.save(output)
+        with quiet(debug):
+            result = self.build(debug)(source, output_video=output, **self.keywords)
+        path, seed = result[OutputKeys.OUTPUT_VIDEO], result["seed"]
+        video = read_video(path)
         count, height, width, _ = video.frames.shape
-        seconds = time.monotonic() - start
-        echo(
-            f"{path}: {count} frames of {width}x{height} at {video.fps:g} fps, "
-            f"seed {video.record['seed']} ({seconds:.0f} s)"
-        )
-        return video
+        took = time.monotonic() - start
+        echo(f"{path}: {count} frames of {width}x{height} at {video.fps:g} fps, seed {seed} ({took:.0f} s)")
 
 
 def check_device(device: str | None) -> None:
-    """Refuse a device that is not here, before anything is loaded."""
+    """Refuse what ModelScope cannot use, or would silently replace by the CPU."""
     if device is None:
         return
     import torch
@@ -112,8 +101,10 @@ def _is_hub_id(model: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) is not None
 
 
-def download(model: str) -> str:
-    """Return the folder of a model given by its id on the hub, downloaded if it is not here."""
+def download(model: str, debug: bool = False) -> str:
+    """The folder of a model given by its id on the hub; of one given by its folder, that."""
+    if os.path.exists(model):
+        return model
     from modelscope.hub.snapshot_download import snapshot_download
 
     revision = REVISION if model in (HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO) else None
@@ -142,3 +133,22 @@ def let_waiting_threads_sleep() -> None:
     """
     if "torch" not in sys.modules:  # which reads the variable when it is loaded
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@contextmanager
+def quiet(debug: bool) -> Iterator[None]:
+    """Without ModelScope's information lines, unless they are asked for."""
+    if debug or "MODELSCOPE_LOG_LEVEL" in os.environ:
+        yield
+        return
+    from modelscope.utils.logger import get_logger
+
+    # Of the handlers: the logger's own level is set again whenever a module asks for the logger.
+    levels = {handler: handler.level for handler in get_logger().handlers}
+    try:
+        for handler in levels:
+            handler.setLevel(logging.WARNING)
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)

@@ -1,4 +1,4 @@
-"""A model folder made lean: only the weights that its stages need, as safetensors, in half precision.
+"""Converting model folders: only the weights that the stages need, as safetensors, in half precision.
 
 What is written loads like any other model folder, and gives in that precision the very videos of its source:
 casting a weight when it is converted or when it is loaded is the same.
@@ -12,17 +12,20 @@ import json
 import logging
 import os
 import shutil
-from contextlib import ExitStack, contextmanager, suppress
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Union
 
-from torch import Tensor
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..errors import ConfigurationError, InvalidInputError, OutputError
-from ..media.files import atomic_file, check_replaceable, local_path
+from ..errors import CheckpointError, ConfigurationError, InvalidInputError, OutputError
+from ..media.files import local_path
 from ..settings.configuration import (
     FILE_NAME,
     SECOND_STAGE_SECTION,
@@ -35,12 +38,22 @@ from ..settings.configuration import (
     stages_in,
 )
 from ..settings.rules import choice
-from . import write_safetensors
-from .lean import SUFFIX, LeanFile, arrange, needs_of
+from .loading import PRECISIONS, check_weights, open_checkpoint
+from .parts import Part, stage_parts
 
 logger = logging.getLogger(__name__)
 
+PathLike = Union[str, "os.PathLike[str]"]
+
 PRECISION_CHOICES = ("fp16", "bf16", "fp32")
+SUFFIX = ".safetensors"
+
+#: By a stage's parts: what they are called, and the setting that names their file.
+_NETWORKS = {
+    "clip_encoder": ("CLIP", "ckpt_clip"),
+    "autoencoder": ("autoencoder", "ckpt_autoencoder"),
+    "unet": ("UNet", "ckpt_unet"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,17 +83,32 @@ class Conversion:
         return sum(file.size for file in self.files)
 
 
+@dataclass(frozen=True)
+class _Need:
+    """What a stage needs of one of its weights files."""
+
+    stage: str
+    network: str
+    setting: str
+    configured: str
+    part: Part
+
+    @property
+    def keys(self) -> list[str]:
+        return list(self.part.weights.state_dict())
+
+
 def convert_folder(
-    sources: str | os.PathLike | Sequence[str | os.PathLike],
-    output: str | os.PathLike,
+    sources: PathLike | Sequence[PathLike],
+    output: PathLike,
     precision: str = "fp16",
     progress: bool | None = None,
 ) -> Conversion:
     """Write a lean model folder: safetensors, in half precision, of only what the stages need.
 
-    It holds one CLIP file, one autoencoder (two, where the stages' differ) and the UNets. One tensor is
-    read and cast at a time, which takes up to three times the largest: 0.6 GB for the published networks. The
-    configuration is the source's but for names of files that are others now.
+    It holds one CLIP file, one autoencoder (two, where the stages' differ) and the UNets. It takes the memory
+    of the largest network in the new precision: 2.8 GB for the published ones. The configuration is the
+    source's but for names of files that are others now.
 
     Args:
         sources: a model folder, or one of each stage, in any order, which become one folder for both.
@@ -90,36 +118,28 @@ def convert_folder(
 
     Raises:
         InvalidInputError: for a precision that is not allowed, or folders that are not one of each stage.
-        MissingFileError, ConfigurationError, CheckpointError: as loading raises them, and CheckpointError
-            for a weight that is too large for the precision.
+        MissingFileError, ConfigurationError, CheckpointError, NotEnoughMemoryError: as loading raises them.
         OutputError: if ``output`` cannot be written, or the disk is too small. Nothing is left behind after
             this or any other exception.
     """
     choice(*PRECISION_CHOICES).check("precision", precision, InvalidInputError)
     folders = [Path(source) for source in ([sources] if isinstance(sources, (str, os.PathLike)) else sources)]
     folder_of_stage = _stages(folders)
-    folder = _checked_output(output, folders)
+    target, base = _check_output(output, folders)
     settings = {stage: load_settings(source, stage) for stage, source in folder_of_stage.items()}
-    with ExitStack() as stack:
-        needs = [
-            need
-            for stage, source in folder_of_stage.items()
-            for need in needs_of(stage, settings[stage], source, stack)
-        ]
-        files = arrange(needs, precision)
-        _check_disk_space(folder, files)
-        configuration = _configuration_file(folder_of_stage, settings, files)
-        with _all_or_nothing(folder, [*(file.name for file in files), FILE_NAME]):
-            _write_weights(folder, files, progress)
-            with _writing(folder / FILE_NAME) as temporary:  # last: it is what makes the folder a model
-                Path(temporary).write_bytes(configuration)
-    read = {need.part.path for need in needs}
-    written = [WrittenFile(file.name, file.network, file.stages, file.size) for file in files]
-    return Conversion(folder, tuple(written), _size_on_disk(read))
+    needs = [
+        need for stage, source in folder_of_stage.items() for need in _needs(stage, settings[stage], source)
+    ]
+    files = _arrange(needs, PRECISIONS[precision])
+    _check_disk_space(target, base, files.values(), PRECISIONS[precision])
+    with _new_folder(target, base) as temporary:
+        written = _write_weights(temporary, files, PRECISIONS[precision], progress)
+        (temporary / FILE_NAME).write_bytes(_configuration_file(folder_of_stage, files))
+    return Conversion(target, tuple(written), _size_on_disk({need.part.path for need in needs}))
 
 
 def size_in_words(count: int) -> str:
-    """A number of bytes, for people."""
+    """Return a number of bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
@@ -127,7 +147,7 @@ def size_in_words(count: int) -> str:
 
 
 def _stages(folders: Sequence[Path]) -> dict[str, Path]:
-    """Which folder each stage is in."""
+    """Return which folder each stage is in."""
     if len(folders) not in (1, 2):
         raise InvalidInputError(f"one model folder is needed, or one of each stage; got {len(folders)}")
     found: dict[str, Path] = {}
@@ -149,8 +169,8 @@ def _stages(folders: Sequence[Path]) -> dict[str, Path]:
     return {stage: found[stage] for stage in SETTINGS_OF_STAGE if stage in found}
 
 
-def _checked_output(output: Any, sources: Iterable[Path]) -> Path:
-    """The absolute path of the new folder, if it can be made."""
+def _check_output(output: Any, sources: Sequence[Path]) -> tuple[Path, Path]:
+    """Return the absolute path of the new folder, if it can be made, and which part of that path is there."""
     shown = local_path(output)
     try:
         folder = Path(os.path.realpath(shown))
@@ -166,104 +186,147 @@ def _checked_output(output: Any, sources: Iterable[Path]) -> Path:
         raise OutputError(
             f"cannot write {shown!r}: it is not empty, it holds {held[0]!r}; give a new folder, or empty it"
         )
-    check_replaceable(folder / FILE_NAME)
-    return folder
+    base = next(path for path in (folder, *folder.parents) if path.exists())
+    if not base.is_dir() or not os.access(base, os.W_OK):
+        fault = "Permission denied" if base.is_dir() else "Not a directory"
+        raise OutputError(f"cannot write {shown!r}: {fault}: '{base}'")
+    return folder, base
 
 
 @contextmanager
-def _all_or_nothing(folder: Path, names: Iterable[str]) -> Iterator[None]:
-    """Makes the folder for files of these names; after an exception neither it nor they are there."""
-    new_folders = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+def _new_folder(target: Path, base: Path) -> Iterator[Path]:
+    """Yield a temporary folder in ``base``, on the same disk, whose files go to ``target`` at the end."""
     try:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot write '{folder}': {error.strerror or error}") from error
-        yield
-    except BaseException:
-        for name in names:
-            with suppress(OSError):
-                os.unlink(folder / name)
-        for path in new_folders:
-            with suppress(OSError):  # another process may have put something there
-                os.rmdir(path)
-        raise
+        with tempfile.TemporaryDirectory(prefix=".converting-", dir=base) as temporary:
+            yield Path(temporary)
+            target.mkdir(parents=True, exist_ok=True)
+            for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == FILE_NAME):
+                os.replace(path, target / path.name)  # the configuration last: it makes the folder a model
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, (CheckpointError, FileNotFoundError)):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"cannot write '{target}': {reason}") from error
+
+
+def _check_disk_space(target: Path, base: Path, files: Iterable[Sequence[_Need]], dtype: torch.dtype) -> None:
+    weights = [need.part.weights.state_dict().values() for need in itertools.chain(*files)]
+    sizes = [dtype.itemsize * each.numel() + 200 for each in itertools.chain(*weights)]  # 200 in the header
+    needed, free = sum(sizes), shutil.disk_usage(base).free
+    if needed > free:
+        raise OutputError(
+            f"cannot write '{target}': it will take {size_in_words(needed)}, and {size_in_words(free)} are "
+            "free on that disk"
+        )
+
+
+def _size_on_disk(paths: set[Path]) -> int:
+    """Return the bytes of files, of which some may be one under two names."""
+    found = [os.stat(path) for path in paths]
+    return sum({(each.st_dev, each.st_ino): each.st_size for each in found}.values())
 
 
 # The weights
 
 
-def _write_weights(folder: Path, files: Sequence[LeanFile], progress: bool | None) -> None:
-    total = sum(prod(shape) * dtype.itemsize for file in files for dtype, shape in file.layout.values())
-    hidden = None if progress is None else not progress
-    with tqdm(total=total, desc="converting", unit="B", unit_scale=True, disable=hidden) as bar:
-
-        def counted(tensor: Tensor) -> Tensor:
-            bar.update(tensor.numel() * tensor.element_size())
-            return tensor
-
-        for file in files:
-            with _writing(folder / file.name) as temporary:
-                write_safetensors(temporary, file.layout, lambda name, file=file: counted(file.tensor(name)))
-            logger.info("wrote %s", folder / file.name)
+def _needs(stage: str, settings: StageSettings, folder: Path) -> Iterator[_Need]:
+    """Yield what a stage needs of each of its files, which are checked against the networks."""
+    for name, part in stage_parts(settings, folder).items():
+        check_weights(part.weights, part.path, part.prefix, ignore=part.ignored)
+        network, setting = _NETWORKS[name]
+        yield _Need(stage, network, setting, getattr(settings, setting), part)
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[str]:
-    """A temporary file in place of ``path``, and the system's errors as ours."""
-    with atomic_file(path) as temporary:
-        try:
-            yield temporary
-        except OSError as error:
-            raise OutputError(f"cannot write '{path}': {error.strerror or error}") from error
+def _arrange(needs: Sequence[_Need], dtype: torch.dtype) -> dict[str, list[_Need]]:
+    """Return the files to write by name: a network that both stages have, and the same, is written once."""
+    files: dict[str, list[_Need]] = {}
+    for need in needs:
+        shared = [held for held in files.values() if _can_share(held[0], need, dtype)]
+        if shared:
+            shared[0].append(need)
+            continue
+        stem, taken = Path(need.configured).with_suffix("").name, {name.casefold() for name in files}
+        names = (
+            stem + end + SUFFIX for end in ("", f"-{need.stage}", *(f"-{need.stage}-{n}" for n in (2, 3, 4)))
+        )
+        files[next(name for name in names if name.casefold() not in taken)] = [need]
+    return files
 
 
-def _check_disk_space(folder: Path, files: Iterable[LeanFile]) -> None:
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    needed, free = sum(file.size for file in files), shutil.disk_usage(nearest).free
-    if needed > free:
-        raise OutputError(
-            f"cannot write '{folder}': it will take {size_in_words(needed)}, and {size_in_words(free)} are "
-            "free on that disk"
+def _can_share(first: _Need, second: _Need, dtype: torch.dtype) -> bool:
+    """Return whether one file can serve both: neither minds what only the other needs; the rest is the same.
+
+    Of CLIP, each stage needs another tower, and minds neither of them.
+    """
+    ours, theirs = set(first.keys), set(second.keys)
+    if first.setting != second.setting:
+        return False
+    if not (ours - theirs <= second.part.ignored and theirs - ours <= first.part.ignored):
+        return False
+    if os.path.samefile(first.part.path, second.part.path):
+        return True
+    one, other = first.part, second.part
+    with (
+        open_checkpoint(one.path, one.prefix) as one_file,
+        open_checkpoint(other.path, other.prefix) as other_file,
+    ):
+        return all(
+            torch.equal(one_file.read(key, dtype=dtype), other_file.read(key, dtype=dtype))
+            for key in sorted(ours & theirs)
         )
 
 
-def _size_on_disk(paths: Iterable[Path]) -> int:
-    """Of files, of which some may be one under two names."""
-    found = [os.stat(path) for path in paths]
-    return sum({(each.st_dev, each.st_ino): each.st_size for each in found}.values())
+def _write_weights(
+    folder: Path, files: Mapping[str, Sequence[_Need]], dtype: torch.dtype, progress: bool | None
+) -> list[WrittenFile]:
+    total = sum(len(set().union(*(need.keys for need in needs))) for needs in files.values())
+    hidden = None if progress is None else not progress
+    written = []
+    with tqdm(total=total, desc="converting", unit=" weights", disable=hidden) as bar:
+        for name, needs in files.items():
+            weights: dict[str, torch.Tensor] = {}
+            for need in needs:
+                _read_weights(need, dtype, weights, bar)
+            save_file(weights, folder / name, metadata={"format": "pt"})
+            stages = tuple(need.stage for need in needs)
+            written.append(WrittenFile(name, needs[0].network, stages, (folder / name).stat().st_size))
+    return written
+
+
+def _read_weights(need: _Need, dtype: torch.dtype, weights: dict[str, torch.Tensor], bar: Any) -> None:
+    """Add what a stage needs of a file to ``weights``, by the file's keys."""
+    path, prefix = need.part.path, need.part.prefix
+    with open_checkpoint(path, prefix) as checkpoint:
+        for key in need.keys:
+            if prefix + key not in weights:
+                weights[prefix + key] = checkpoint.read(key, dtype=dtype)
+                bar.update()
 
 
 # The configuration
 
 
-def _configuration_file(
-    folder_of_stage: Mapping[str, Path], settings: Mapping[str, StageSettings], files: Iterable[LeanFile]
-) -> bytes:
-    """The new ``configuration.json``: to the byte the old one where nothing has to be another."""
+def _configuration_file(folder_of_stage: Mapping[str, Path], files: Mapping[str, Sequence[_Need]]) -> bytes:
+    """Return the new ``configuration.json``: to the byte the old one where nothing has to be another."""
     first, *others = dict.fromkeys(folder_of_stage.values())
     before = read_configuration(first)
     contents = copy.deepcopy(before)
     for other in others:  # stage two's
         theirs = read_configuration(other)
         section = theirs.get(section_of(theirs, VideoToVideoSettings.stage), {})
-        contents = {**contents, SECOND_STAGE_SECTION: section}
-        contents = {**contents, **{name: value for name, value in theirs.items() if name not in contents}}
-    for file in files:
-        for need in file.needs:
+        contents = {**theirs, **contents, SECOND_STAGE_SECTION: section}
+    for name, needs in files.items():
+        for need in needs:
             # The loader takes the safetensors file of the stem that is configured.
-            if Path(need.configured).with_suffix(SUFFIX) != Path(file.name):
+            if Path(need.configured).with_suffix(SUFFIX) != Path(name):
                 section = contents.setdefault(section_of(contents, need.stage), {})
-                _set_everywhere(section, need.setting, file.name)
+                holders = [
+                    each for each in ("model_args", "model_cfg") if need.setting in section.get(each, {})
+                ]
+                for holder in holders or ["model_args"]:
+                    section.setdefault(holder, {})[need.setting] = name
     if contents == before:
         return (first / FILE_NAME).read_bytes()
     text = json.dumps(contents, indent=4, ensure_ascii=False)
     # Half a surrogate pair, which only JSON's escape can spell, becomes that escape.
     return text.encode("utf-8", "backslashreplace")
-
-
-def _set_everywhere(section: dict[str, Any], setting: str, value: str) -> None:
-    """A setting of a section, in whichever of its parts it stands."""
-    parts = [section[part] for part in ("model_args", "model_cfg") if setting in section.get(part, {})]
-    for part in parts or [section.setdefault("model_args", {})]:
-        part[setting] = value

@@ -9,7 +9,7 @@ from typing import Callable, Iterable, Iterator, TypeVar
 
 import torch
 
-from ...errors import NotEnoughMemoryError
+from ...errors import NotEnoughMemoryError, is_out_of_memory
 from ...settings.configuration import StageSettings
 from ...settings.request import Request
 from ..precision import precision_name, select_dtype
@@ -22,15 +22,6 @@ Result = TypeVar("Result")
 
 class OutOfMemory(Exception):
     """Not even the least amount at a time went through. Its cause is torch's own error."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on whichever device."""
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
-        return True
-    # The CPU's allocator, and CUDA's libraries, raise plain RuntimeErrors.
-    words = ("can't allocate memory", "not enough memory", "CUDA out of memory", "ALLOC_FAILED")
-    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
 
 
 def with_less_at_a_time(

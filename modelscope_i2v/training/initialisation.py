@@ -1,0 +1,190 @@
+"""Where training starts: residual branches that add nothing, and an autoencoder that resamples already."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Callable, Mapping
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+from ..models import autoencoder as parts
+from ..models.autoencoder import SCALE_FACTOR, Autoencoder
+from ..models.transformers import SpatialTransformer, TemporalTransformer
+from ..models.unet import ResidualBlock, TemporalConvolution, UNet
+
+_REFERENCE = 50.0  # constant channels beside which a group's others hardly change its statistics
+
+
+@torch.no_grad()
+def silence_branches(network: nn.Module) -> None:
+    """Set the last layer of every residual branch to zero: each block starts as the identity."""
+    for module in network.modules():
+        if isinstance(module, parts.ResidualBlock):
+            last = module.conv2
+        elif isinstance(module, ResidualBlock):
+            last = module.out_layers[3]
+        elif isinstance(module, TemporalConvolution):
+            last = module.conv4[-1]
+        elif isinstance(module, (parts.AttentionBlock, SpatialTransformer, TemporalTransformer)):
+            last = module.proj_out
+        else:
+            continue
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+
+@torch.no_grad()
+def start_unet(unet: UNet) -> None:
+    """Silent branches, and a prediction of zero."""
+    silence_branches(unet)
+    nn.init.zeros_(unet.out[2].weight)
+    nn.init.zeros_(unet.out[2].bias)
+
+
+def start_clip(architecture: Mapping[str, Any]) -> open_clip.CLIP:
+    """A CLIP of an open_clip model configuration with open_clip's own initial values."""
+    known = {name: architecture[name] for name in ("embed_dim", "vision_cfg", "text_cfg")}
+    return open_clip.CLIP(**known)
+
+
+@torch.no_grad()
+def start_as_resampling(autoencoder: Autoencoder, images: Tensor, detail: float = 0.5) -> None:
+    """Set an autoencoder to average pooling and bilinear interpolation, from which it learns the rest.
+
+    Pooling is what its strided convolutions can do, and interpolation its upsamplings (nearest, then the
+    kernel 1 2 1). Colours pass the last norms unchanged beside large constant channels, whose share in the
+    statistics of a group outweighs theirs. The first three latents are
+    colours, white over ``images``; the others, with standard deviations of ``detail``, are the leading
+    principal components of the differences that pooling loses.
+
+    Args:
+        autoencoder: of three colours; its first width must hold 12 channels, and a group 8.
+        images: [N, 3, H, W] in [-1, 1], of the kind to be encoded.
+        detail: standard deviation of all latents but the first three, as multiples of the diffusion's unit.
+    """
+    silence_branches(autoencoder)
+    _start_encoder(autoencoder, images, detail)
+    _start_decoder(autoencoder)
+
+
+def _identity(conv: nn.Conv2d, channels: int) -> None:
+    """Pass the first channels through, whatever the kernel's size, and mix nothing else into them."""
+    centre = conv.kernel_size[0] // 2
+    conv.weight[:channels] = 0
+    conv.bias[:channels] = 0
+    for channel in range(channels):
+        conv.weight[channel, channel, centre, centre] = 1
+
+
+def _linear_end(
+    norm: nn.GroupNorm, shortcut: nn.Conv2d, block: parts.ResidualBlock, count: int
+) -> Callable[[Tensor], Tensor]:
+    """Make features pass norm and SiLU unchanged, as silu(x) - silu(-x) = x.
+
+    The first group of channels becomes the features, their negatives, and two constants, one negative: its
+    mean is 0 for every image, and its deviation the constants'.
+
+    Args:
+        norm: the last norm.
+        shortcut: the convolution that puts the ``count`` features into the first channels.
+        block: the last block before the norm, which adds the constants.
+        count: how many features there are; at most (channels of a group) / 2 - 1.
+
+    Returns:
+        A function that makes weights for the features [out, count, 1, 1] ones for the norm's channels.
+    """
+    size = norm.num_channels // norm.num_groups
+    shortcut.weight[count : 2 * count] = -shortcut.weight[:count]
+    shortcut.bias[count : 2 * count] = -shortcut.bias[:count]
+    shortcut.weight[2 * count : size] = 0
+    shortcut.bias[2 * count : size] = 0
+    block.conv2.bias[size - 2 : size] = torch.tensor([_REFERENCE, -_REFERENCE])
+    norm.weight[:size] = _REFERENCE * math.sqrt(2 / size)
+    norm.weight[size - 2 : size] = 0
+    rest = norm.num_channels - 2 * count
+    return lambda weight: torch.cat([weight, -weight, weight.new_zeros(len(weight), rest)], dim=1)
+
+
+def _start_encoder(autoencoder: Autoencoder, images: Tensor, detail: float) -> None:
+    encoder, latents = autoencoder.encoder, autoencoder.config.embed_dim
+    most = encoder.norm_out.num_channels // encoder.norm_out.num_groups // 2 - 1
+    kept = 3
+    _identity(encoder.conv_in, 3)
+    for level in encoder.down:
+        for block in level.block:
+            if isinstance(block.nin_shortcut, nn.Conv2d):
+                _identity(block.nin_shortcut, kept)
+        if hasattr(level, "downsample"):
+            kept = _pool(level.downsample.conv, kept, most)
+    shortcut = encoder.down[-1].block[0].nin_shortcut
+    widened = _linear_end(encoder.norm_out, shortcut, encoder.mid.block_2, kept)
+
+    samples = []
+    hook = shortcut.register_forward_hook(lambda _, __, output: samples.append(output[:, :kept]))
+    encoder(images)
+    hook.remove()
+    features = samples[0].transpose(0, 1).flatten(1)
+    whitening = _whitening(features[:3], 3), detail * _whitening(features[3:], latents - 3)
+    projection = torch.block_diag(*whitening) / SCALE_FACTOR
+    conv, quant = encoder.conv_out, autoencoder.quant_conv
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    conv.weight[:latents, :, 1, 1] = widened(projection)
+    conv.bias[:latents] = -projection @ features.mean(1)
+    _identity(quant, 2 * latents)
+    quant.bias[latents:] = -6.0 - 2 * math.log(SCALE_FACTOR)  # the log-variance
+
+
+def _pool(conv: nn.Conv2d, channels: int, most: int) -> int:
+    """Make a strided convolution average 2x2 pixels, and keep differences of the first three channels.
+
+    Returns how many channels it fills: at most ``most``.
+    """
+    conv.weight[:], conv.bias[:] = 0, 0
+    average = torch.full((2, 2), 0.25)
+    down, across = torch.tensor([[1, 1], [-1, -1]]) / 4, torch.tensor([[1, -1], [1, -1]]) / 4
+    for channel in range(channels):
+        conv.weight[channel, channel, :2, :2] = average
+    filled = channels
+    for difference in (down, across, 4 * down * across):
+        for colour in range(3):
+            if filled < min(most, conv.out_channels):
+                conv.weight[filled, colour, :2, :2] = difference
+                filled += 1
+    return filled
+
+
+def _whitening(samples: Tensor, count: int) -> Tensor:
+    """[count, C] of samples [C, N]: their leading principal components, of unit variance."""
+    values, vectors = torch.linalg.eigh(torch.cov(samples))
+    return (vectors / values.clamp_min(1e-8).sqrt()).T.flip(0)[:count]
+
+
+def _start_decoder(autoencoder: Autoencoder) -> None:
+    decoder, latents = autoencoder.decoder, autoencoder.config.embed_dim
+    _identity(autoencoder.post_quant_conv, latents)
+    autoencoder.post_quant_conv.weight *= SCALE_FACTOR
+    # Back to colours: the inverse of what the encoder's end does to them.
+    forward = autoencoder.encoder.conv_out
+    inverse = torch.linalg.inv(forward.weight[:3, :3, 1, 1] * SCALE_FACTOR)
+    _identity(decoder.conv_in, latents)
+    decoder.conv_in.weight[:3] = 0
+    decoder.conv_in.weight[:3, :3, 1, 1] = inverse
+    decoder.conv_in.bias[:3] = -inverse @ forward.bias[:3] * SCALE_FACTOR
+    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
+    for level in list(decoder.up)[::-1]:
+        for block in level.block:
+            if isinstance(block.nin_shortcut, nn.Conv2d):
+                _identity(block.nin_shortcut, min(latents, block.nin_shortcut.out_channels))
+        if hasattr(level, "upsample"):
+            conv = level.upsample.conv
+            conv.weight[:latents], conv.bias[:latents] = 0, 0
+            for channel in range(latents):
+                conv.weight[channel, channel] = torch.outer(kernel, kernel)
+    first, *_, last = decoder.up[0].block
+    widened = _linear_end(decoder.norm_out, first.nin_shortcut, last, 3)
+    decoder.conv_out.weight[:] = 0
+    decoder.conv_out.weight[:, :, 1, 1] = widened(torch.eye(3))
+    decoder.conv_out.bias[:] = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import time
+
 import numpy as np
 import open_clip
 import pytest
@@ -10,7 +13,8 @@ from conftest import load_fixture, load_json, relative_error
 from tiny_networks import normal
 
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError
-from modelscope_i2v.models.clip import ClipConfig, ClipImageEncoder, ClipTextEncoder
+from modelscope_i2v.models.clip import ClipConfig, ClipImageEncoder, ClipTextEncoder, build_clip
+from modelscope_i2v.models.config import VIT_H_14
 from modelscope_i2v.weights.small_model import random_state_dict
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -260,10 +264,76 @@ def test_model_configuration_of_wrong_types_is_refused(name, value):
         assert config.image_size and config.text_width  # which the settings ask for before anything is built
 
 
-@pytest.mark.parametrize(
-    "changed", [{"text_cfg": {"no_such_setting": 1}}, {"vision_cfg": {**TINY["vision_cfg"], "width": "wide"}}]
-)
-def test_model_that_open_clip_cannot_build_is_refused(changed):
-    config = ClipConfig(model_cfg={**TINY, **changed})
+def test_model_that_open_clip_cannot_build_is_refused():
+    config = ClipConfig(model_cfg={**TINY, "text_cfg": {**TINY["text_cfg"], "heads": 7}})
     with pytest.raises(ConfigurationError, match="embedder: open_clip cannot build this model: "):
-        config.build()
+        build_clip(config)
+
+
+# What a file may ask for
+
+
+@pytest.mark.parametrize(
+    "section, name, value",
+    [
+        ("vision_cfg", "timm_model_name", "hf-hub:someone/something"),
+        ("vision_cfg", "timm_model_pretrained", True),
+        ("text_cfg", "hf_tokenizer_name", "someone/something"),
+        ("text_cfg", "no_such_setting", 1),
+    ],
+)
+def test_keys_that_are_no_architecture_are_refused(section, name, value):
+    with pytest.raises(ConfigurationError, match=f"embedder: model_cfg: {section}: {name} is not allowed"):
+        ClipConfig(model_cfg={**TINY, section: {**TINY[section], name: value}})
+
+
+@pytest.mark.parametrize(
+    "section, name, value",
+    [
+        ("text_cfg", "layers", 60_000), ("vision_cfg", "layers", 0), ("vision_cfg", "layers", [60_000]),
+        ("vision_cfg", "width", 0), ("vision_cfg", "width", "wide"), ("vision_cfg", "image_size", [224, 224]),
+        ("text_cfg", "context_length", True), ("text_cfg", "mlp_ratio", float("nan")),
+    ],
+)  # fmt: skip
+def test_sizes_that_no_network_has_are_refused(section, name, value):
+    with pytest.raises(ConfigurationError, match=f"embedder: model_cfg: {section}: {name}: got "):
+        ClipConfig(model_cfg={**TINY, section: {**TINY[section], name: value}})
+
+
+@pytest.mark.parametrize("size", [0, -1, 10**9, "64", None])
+def test_embedding_sizes_that_cannot_be_are_refused(size):
+    with pytest.raises(ConfigurationError, match="embedder: model_cfg: embed_dim: got"):
+        ClipConfig(model_cfg={**TINY, "embed_dim": size})
+
+
+def test_the_published_architecture_is_open_clips():
+    assert VIT_H_14 == open_clip.get_model_config("ViT-H-14")
+
+
+# Long texts
+
+LONG_TEXTS = {
+    "words": " ".join(f"word{n} of a, prompt!" for n in range(2000)),
+    "blanks first": " \n\t" * 20_000 + "a cat",
+    "one word": "abcdefghijklmnopqrstuvwxyz" * 300,
+    "the longest tokens": "thinkbigsundaywithmarsha" * 400,
+    "one letter": "a" * 9000,
+    "emoji": "\N{FACE WITH TEARS OF JOY}" * 6000,
+    "entities": "&lt;caf&eacute;&gt; &amp;amp; " * 1000,
+    "capitals and accents": "\u00c9T\u00c9 \u0130stanbul " * 1000,
+}
+
+
+@pytest.mark.parametrize("name", LONG_TEXTS)
+def test_cutting_a_long_text_changes_no_token(name):
+    config = ClipConfig(model_cfg={**TINY, "text_cfg": {**TINY["text_cfg"], "context_length": 77}})
+    encoder, text = ClipTextEncoder(config), LONG_TEXTS[name]
+    for part in (text, text[:4000], text[:200]):
+        assert torch.equal(encoder.tokenize([part]), open_clip.tokenize([part], context_length=77))
+
+
+def test_a_word_of_a_million_letters_takes_no_time():
+    encoder = ClipTextEncoder(ClipConfig(model_cfg=TINY))
+    start = time.process_time()
+    encoder.tokenize(["".join(random.Random(0).choices("abcdefgh", k=1_000_000))])
+    assert time.process_time() - start < 5

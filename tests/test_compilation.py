@@ -26,8 +26,7 @@ def unet_of(*dim_mult: int):
 
 def velocity_of(unet):
     inputs = inputs_of(unet, 1, 3, 8, 8)
-    contexts = [unet.project_context(inputs.pop("y"))]
-    return inputs["x"], lambda x, t: unet.branches(x, torch.tensor([t]), contexts)[0]
+    return inputs["x"], lambda x, t: unet(x, torch.tensor([t]), inputs["y"])
 
 
 def test_torch_compile_gives_the_same(caplog):

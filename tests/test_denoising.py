@@ -8,7 +8,7 @@ from conftest import relative_error
 from tiny_networks import STAGES, TINY, built, inputs_of, normal
 
 from modelscope_i2v.engine import denoising
-from modelscope_i2v.engine.denoising import guided_velocity
+from modelscope_i2v.engine.denoising import ChunkLimit
 from modelscope_i2v.models.unet import UNet, UNetConfig
 from modelscope_i2v.settings.configuration import ImageToVideoSettings
 from modelscope_i2v.settings.keywords import check_keywords
@@ -25,6 +25,10 @@ def unet(request) -> UNet:
 def requested(**keywords) -> Request:
     settings = ImageToVideoSettings()
     return Request.resolve(settings, check_keywords(settings.stage, keywords))
+
+
+def guided_velocity(*arguments, **conditions):
+    return denoising.guided_velocity(*arguments, ChunkLimit(2**22), **conditions)
 
 
 def case(unet: UNet, batch: int = 1, frames: int = 3):

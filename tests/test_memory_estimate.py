@@ -51,14 +51,12 @@ def unet_peak(stage: type, dtype: torch.dtype = torch.float16) -> int:
     with torch.device("meta"), torch.no_grad():
         unet = channels_last(UNet(settings.unet, flash_attention).to(dtype))
         y = torch.empty(1, 1 if stage is ONE else 77, 1024)
-        contexts = [unet.project_context(y), unet.project_context(y)]
-        if stage is ONE:  # both branches in one pass
-            contexts = [unet.project_context(torch.cat([y, y]))]
+        y = torch.cat([y, y]) if stage is ONE else y  # both branches in one pass, or one after the other
         latent = settings.latent_hei, settings.latent_wid
         x, t = torch.empty(1, 4, settings.max_frames, *latent), torch.empty(1)
-        unet.chunk = chunk_of(torch.device("cuda"), low_memory=False)
+        chunk = chunk_of(torch.device("cuda"), low_memory=False)
         with LiveMemory(unet) as memory:
-            unet.branches(x, t, contexts)
+            unet(x, t, y, chunk=chunk)
     return memory.peak
 
 

@@ -97,7 +97,7 @@ def test_denoising_goes_on_in_smaller_parts(small_model, picture, caplog):
             hook.remove()
     assert "out of memory on cpu: trying again, with layers in parts of" in caplog.text
     assert abs(frames - again).max() <= 1
-    assert pipe.model.generator.chunk <= 2 * one_frame  # and stays so
+    assert pipe.model.stage._chunk_limit.elements <= 2 * one_frame  # and stays so
 
 
 def test_decoding_goes_on_with_fewer_frames(small_model, picture, caplog):

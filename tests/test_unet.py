@@ -17,6 +17,7 @@ from torch import nn
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError
 from modelscope_i2v.models import attention
 from modelscope_i2v.models.attention import ATTENTION_CHOICES, sdpa_attention, select_attention
+from modelscope_i2v.models.blocks import Downsample, ResidualBlock, TemporalConvolution, Upsample
 from modelscope_i2v.models.conditioning import Conditioning
 from modelscope_i2v.models.transformers import (
     GEGLU,
@@ -25,15 +26,7 @@ from modelscope_i2v.models.transformers import (
     TemporalTransformer,
     TransformerBlock,
 )
-from modelscope_i2v.models.unet import (
-    Downsample,
-    ResidualBlock,
-    TemporalConvolution,
-    UNet,
-    UNetConfig,
-    Upsample,
-    sinusoidal_embedding,
-)
+from modelscope_i2v.models.unet import UNet, UNetConfig, sinusoidal_embedding
 from modelscope_i2v.weights.small_model import random_weight
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -45,11 +38,14 @@ def context_tokens(batch: int = 1, tokens: int = 6) -> torch.Tensor:
     return normal(batch, tokens, 24, seed=6)
 
 
-def conditioning(batch: int = 1, layer: nn.Module | None = None, context: torch.Tensor | None = None):
-    """What a layer is told; a spatial transformer, its context too."""
-    context = context_tokens(batch) if context is None else context
-    seen = {layer: layer.keys_values(context)} if isinstance(layer, SpatialTransformer) else {}
-    return Conditioning(normal(batch, 128, seed=5), seen, FRAMES)
+def conditioning(batch: int = 1) -> Conditioning:
+    return Conditioning(normal(batch, 128, seed=5), context_tokens(batch), FRAMES)
+
+
+def of_sample(whole: Conditioning, index: int, frames: int) -> Conditioning:
+    """The conditioning of one sample, with so many frames."""
+    sample = slice(index, index + 1)
+    return Conditioning(whole.embedding[sample], whole.context[sample], frames)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +134,7 @@ def test_the_order_of_torchs_kernels_is_set_for_the_call_only():
             assert relative_error(sdpa_attention(q, q, q), expected) < 1e-6
             order = torch._C._get_sdp_priority_order()
     except TypeError:
-        pytest.skip("torch cannot be told an order before 2.6")
+        pytest.skip("torch cannot be cond an order before 2.6")
     assert order[0] == torch.nn.attention.SDPBackend.CUDNN_ATTENTION.value
     assert torch._C._get_sdp_priority_order()[0] != order[0]
 
@@ -152,7 +148,7 @@ def test_attention_heads_are_consecutive_channels():
         part = slice(start, start + 4)
         weights = (q[..., part] @ k[..., part].transpose(1, 2) / 2).softmax(-1)
         heads.append(weights @ v[..., part])
-    assert relative_error(layer(x, layer.keys_values(context)), layer.to_out(torch.cat(heads, -1))) < 1e-6
+    assert relative_error(layer(x, context), layer.to_out(torch.cat(heads, -1))) < 1e-6
     assert [name for name, _ in layer.named_parameters() if name.endswith("bias")] == ["to_out.0.bias"]
 
 
@@ -211,42 +207,40 @@ def permuted_frames(x: torch.Tensor, order: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("layer", [spatial_layer, temporal_layer], ids=["spatial", "temporal"])
 def test_transformers_do_not_know_the_order_of_frames(layer):
     layer, x = layer(), normal(2 * FRAMES, 32, HEIGHT, WIDTH)
-    told = conditioning(2, layer)
+    cond = conditioning(2)
     order = [2, 0, 1]
-    expected = permuted_frames(layer(x, told), order)
-    assert relative_error(layer(permuted_frames(x, order), told), expected) < 1e-6
+    expected = permuted_frames(layer(x, cond), order)
+    assert relative_error(layer(permuted_frames(x, order), cond), expected) < 1e-6
 
 
 @pytest.mark.parametrize("layer", [spatial_layer, temporal_layer], ids=["spatial", "temporal"])
 def test_transformers_do_not_know_the_order_of_pixels(layer):
     layer, x = layer(), normal(2 * FRAMES, 32, HEIGHT, WIDTH)
-    told = conditioning(2, layer)
+    cond = conditioning(2)
     order = torch.randperm(HEIGHT * WIDTH, generator=torch.Generator().manual_seed(0))
 
     def permuted(video: torch.Tensor) -> torch.Tensor:
         return video.flatten(2)[:, :, order].reshape_as(video)
 
-    assert relative_error(layer(permuted(x), told), permuted(layer(x, told))) < 1e-6
+    assert relative_error(layer(permuted(x), cond), permuted(layer(x, cond))) < 1e-6
 
 
 def test_spatial_transformer_sees_one_frame_and_its_videos_context():
     layer = spatial_layer()
-    told, x = conditioning(2, layer), normal(2 * FRAMES, 32, HEIGHT, WIDTH)
-    together = layer(x, told)
+    cond, x = conditioning(2), normal(2 * FRAMES, 32, HEIGHT, WIDTH)
+    together = layer(x, cond)
     for index in range(2 * FRAMES):
-        video = index // FRAMES
-        context = {layer: layer.keys_values(context_tokens(2)[video : video + 1])}
-        alone = layer(x[index : index + 1], Conditioning(told.embedding[video : video + 1], context, 1))
+        alone = layer(x[index : index + 1], of_sample(cond, index // FRAMES, 1))
         assert relative_error(together[index : index + 1], alone) < 1e-6
 
 
 def test_temporal_transformer_sees_all_frames_of_one_pixel():
-    layer, told = temporal_layer(), conditioning()
+    layer, cond = temporal_layer(), conditioning()
     layer.norm = nn.Identity()  # which takes its statistics over all pixels
     x = normal(FRAMES, 32, HEIGHT, WIDTH)
     changed = x.clone()
     changed[1, :, 2, 3] += 1
-    moved = (layer(changed, told) - layer(x, told)).abs().amax(1) > 1e-6
+    moved = (layer(changed, cond) - layer(x, cond)).abs().amax(1) > 1e-6
     expected = torch.zeros(FRAMES, HEIGHT, WIDTH, dtype=torch.bool)
     expected[:, 2, 3] = True
     assert torch.equal(moved, expected)
@@ -254,7 +248,7 @@ def test_temporal_transformer_sees_all_frames_of_one_pixel():
 
 def test_temporal_transformer_ignores_the_conditioning():
     layer, x = temporal_layer(), normal(FRAMES, 32, HEIGHT, WIDTH)
-    other = Conditioning(normal(1, 128, seed=8), {}, FRAMES)
+    other = Conditioning(normal(1, 128, seed=8), normal(1, 6, 24, seed=7), FRAMES)
     assert torch.equal(layer(x, conditioning()), layer(x, other))
 
 
@@ -265,14 +259,14 @@ FAINT = 3e-3
 def test_spatial_transformer_formula():
     """Its norm takes its statistics over a frame's h and w."""
     layer, x = spatial_layer(), FAINT * normal(2 * FRAMES, 32, HEIGHT, WIDTH)
-    told = conditioning(2, layer)
+    cond = conditioning(2)
     parameters = dict(layer.named_parameters())
     tokens = F.group_norm(x, 32, parameters["norm.weight"], parameters["norm.bias"], eps=1e-6)
     tokens = tokens.flatten(2).transpose(1, 2)
     tokens = F.linear(tokens, parameters["proj_in.weight"], parameters["proj_in.bias"])
-    tokens = layer.transformer_blocks[0](tokens, told.context[layer])
+    tokens = layer.transformer_blocks[0](tokens, cond.context)
     tokens = F.linear(tokens, parameters["proj_out.weight"], parameters["proj_out.bias"])
-    assert relative_error(layer(x, told), x + tokens.transpose(1, 2).reshape_as(x)) < 1e-6
+    assert relative_error(layer(x, cond), x + tokens.transpose(1, 2).reshape_as(x)) < 1e-6
 
 
 def test_temporal_transformer_formula():
@@ -294,7 +288,6 @@ def test_temporal_transformer_formula():
 def test_transformer_block_formula():
     block = with_random_weights(TransformerBlock(32, 2, sdpa_attention, 24))
     x, context = normal(2, 5, 32), normal(2, 7, 24, seed=1)
-    context = block.attn2.keys_values(context)
     h = x + block.attn1(block.norm1(x))
     h = h + block.attn2(block.norm2(h), context)
     assert relative_error(block(x, context), h + block.ff(block.norm3(h))) < 1e-6
@@ -326,19 +319,18 @@ def residual_block() -> ResidualBlock:
 
 
 def test_residual_block_without_its_temporal_part_treats_frames_independently():
-    block, told = residual_block(), conditioning(2)
+    block, cond = residual_block(), conditioning(2)
     block.temopral_conv.conv4[-1].weight.zero_()
     block.temopral_conv.conv4[-1].bias.zero_()
     x = normal(2 * FRAMES, 32, HEIGHT, WIDTH)
-    together = block(x, told)
+    together = block(x, cond)
     for index in range(2 * FRAMES):
-        embedding = told.embedding[index // FRAMES : index // FRAMES + 1]
-        alone = block(x[index : index + 1], Conditioning(embedding, told.context, 1))
+        alone = block(x[index : index + 1], of_sample(cond, index // FRAMES, 1))
         assert relative_error(together[index : index + 1], alone) < 1e-6
 
 
 def test_residual_block_formula():
-    block, told = residual_block(), conditioning(2)
+    block, cond = residual_block(), conditioning(2)
     x = FAINT * normal(2 * FRAMES, 32, HEIGHT, WIDTH)
     parameters = dict(block.named_parameters())
 
@@ -348,13 +340,13 @@ def test_residual_block_formula():
     def convolved(h, name, padding):
         return F.conv2d(h, parameters[f"{name}.weight"], parameters[f"{name}.bias"], padding=padding)
 
-    embedding = F.silu(told.embedding) @ parameters["emb_layers.1.weight"].T + parameters["emb_layers.1.bias"]
+    embedding = F.silu(cond.embedding) @ parameters["emb_layers.1.weight"].T + parameters["emb_layers.1.bias"]
     h = convolved(normed(x, "in_layers.0"), "in_layers.2", 1)
     h = h + embedding.repeat_interleave(FRAMES, 0).view(-1, 64, 1, 1)
     h = convolved(normed(h, "out_layers.0"), "out_layers.3", 1)
     h = h + convolved(x, "skip_connection", 0)
     temporal = {name[14:]: value for name, value in parameters.items() if name.startswith("temopral_conv.")}
-    assert relative_error(block(x, told), temporal_convolution_by_formula(temporal, h)) < 1e-6
+    assert relative_error(block(x, cond), temporal_convolution_by_formula(temporal, h)) < 1e-6
 
 
 def test_temporal_convolution_reaches_four_frames_at_the_same_pixel():
@@ -536,11 +528,24 @@ def test_other_sizes_are_padded_by_their_edge_and_cropped(stage, height, width, 
         ("stage_one", "t", (), "UNet: t must be [1], got []"),
         ("stage_one", "t", (2,), "UNet: t must be [1], got [2]"),
         ("stage_one", "y", (1, 24), "UNet: y must be [1, 1, 24], got [1, 24]"),
-        ("stage_one", "y", (1, 2, 24), "UNet: y must be [1, 1, 24], got [1, 2, 24]"),
-        ("stage_one", "y", (2, 1, 24), "UNet: y must be [1, 1, 24], got [2, 1, 24]"),
-        ("stage_one", "y", (1, 1, 23), "UNet: y must be [1, 1, 24], got [1, 1, 23]"),
-        ("stage_two", "y", (1, 9, 23), "UNet: y must be [1, N, 24], got [1, 9, 23]"),
-        ("stage_two", "y", (2, 9, 24), "UNet: y must be [1, N, 24], got [2, 9, 24]"),
+        (
+            "stage_one",
+            "y",
+            (1, 2, 24),
+            "UNet: y must be [1, 1, 24], got [1, 2, 24]",
+        ),
+        (
+            "stage_one",
+            "y",
+            (0, 1, 24),
+            "UNet: y must be [1, 1, 24], got [0, 1, 24]",
+        ),
+        (
+            "stage_two",
+            "y",
+            (1, 9, 23),
+            "UNet: y must be [1, N, 24], got [1, 9, 23]",
+        ),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(stage, name, shape, message, request):
@@ -563,6 +568,10 @@ def test_frame_rates_that_do_not_fit_are_refused(shape, stage_one):
             {"image_conditioned": False, "y_dim": 512},
             "UNet: y_dim 512 and context_dim 1024 must be equal in stage two",
         ),
+        ({"num_res_blocks": 60_000}, "UNet: num_res_blocks: got 60000, allowed is a number from 1 to 16"),
+        ({"dim_mult": (1, 0)}, "UNet: dim_mult: got 0, allowed is a number from 1 to 64"),
+        ({"dim_mult": (1,) * 9}, "UNet: dim_mult: got 9 entries, allowed are 1 to 8"),
+        ({"head_dim": 0}, "UNet: head_dim: got 0, allowed is a number from 1 to 1024"),
         ({"dim": 33}, "UNet: dim must be even, got 33"),
         ({"dim": 80}, "UNet: dim x dim_mult[0] is 80, and must be a multiple of num_groups 32"),
         (

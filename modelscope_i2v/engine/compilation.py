@@ -45,8 +45,7 @@ class CompiledBlocks:
         self._count = len(blocks)
         try:
             for block in blocks:
-                block.self_attend = torch.compile(block.self_attend, dynamic=False, backend=backend)
-                block.attend_context = torch.compile(block.attend_context, dynamic=False, backend=backend)
+                block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
         except RuntimeError as error:
             raise _refusal(error) from error
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Iterator
 
 import torch
 from torch import Tensor
 
-from ..models.conditioning import Context
-from ..models.unet import UNet
+from ..models.unet import FeatureCache, UNet
 from ..samplers.velocity import Velocity, guided, guided_within, windowed
 from ..settings.request import Request
 from .memory.out_of_memory import with_less_at_a_time
@@ -22,16 +21,36 @@ _TOGETHER = {"cuda": 65_536, "cpu": 4_096}
 _LESS, _LEAST = 4, 2**18
 
 
-def guided_velocity(unet: UNet, y: Tensor, negative_y: Tensor, request: Request, **told: Tensor) -> Velocity:
-    """The velocity of a generation: a function of a float32 state [B, 4, F, h, w] and a timestep.
+@dataclass
+class ChunkLimit:
+    """How many elements the largest tensor inside the UNet's layers may have.
+
+    When memory runs out it becomes less, and stays so.
+    """
+
+    elements: int
+
+    def and_less(self) -> Iterator[int]:
+        """Yield the present limit and smaller ones."""
+        elements = self.elements
+        yield elements
+        while (elements := elements // _LESS) >= _LEAST:
+            yield elements
+
+
+def guided_velocity(
+    unet: UNet, y: Tensor, negative_y: Tensor, request: Request, limit: ChunkLimit, **conditions: Tensor
+) -> Velocity:
+    """Return the velocity of a generation, a function of a float32 state [B, 4, F, h, w] and a timestep.
 
     Args:
         unet: where it is, in its parameters' type.
         y, negative_y: conditioning of the two branches of guidance, [B, N, D] each.
         request: ``guide_scale``, ``guide_rescale``, the windows, and what may be approximated.
-        **told: what else the UNet is told, [B].
+        limit: what the UNet takes at a time.
+        **conditions: what else the UNet takes, [B].
     """
-    branches = _Branches(unet, y, negative_y, request.reuse_interval, told)
+    branches = _Branches(unet, y, negative_y, request.reuse_interval, limit, conditions)
 
     def in_windows(velocity: Velocity) -> Velocity:
         return windowed(velocity, request.window, request.overlap)
@@ -49,61 +68,45 @@ class _Branches:
     """The UNet's predictions under one conditioning or two, in float32."""
 
     def __init__(
-        self, unet: UNet, y: Tensor, negative_y: Tensor, reuse_interval: int, told: dict[str, Tensor]
+        self,
+        unet: UNet,
+        y: Tensor,
+        negative_y: Tensor,
+        reuse_interval: int,
+        limit: ChunkLimit,
+        conditions: dict[str, Tensor],
     ):
-        self._unet, self._told = unet, told
+        self._unet, self._limit, self._conditions = unet, limit, conditions
         self._device, self._batch = next(unet.parameters()).device, y.shape[0]
         self._y, self._negative_y = y.to(self._device), negative_y.to(self._device)
         self._reuse = _FeatureReuse(reuse_interval)
 
     def conditional(self, x: Tensor, t: int) -> Tensor:
         """[B, 4, F, h, w]"""
-        return self._predict(x, t, [self._context], branches=1)[0]
+        return self._predict(x, t, [self._y], branches=1)
 
     def both(self, x: Tensor, t: int) -> Tensor:
         """[2, B, 4, F, h, w]"""
         small = x[:, 0].numel() <= _TOGETHER.get(self._device.type, 0)
-        together = small and self._y.shape == self._negative_y.shape
-        contexts = [self._joint_context] if together else [self._context, self._negative_context]
-        return torch.cat(self._predict(x, t, contexts, branches=2)).unflatten(0, (2, -1))
+        contexts = [self._y, self._negative_y]
+        if small and self._y.shape == self._negative_y.shape:
+            contexts = [torch.cat(contexts)]
+        return self._predict(x, t, contexts, branches=2).unflatten(0, (2, -1))
 
-    # Each projected when it is first needed, and once.
-
-    @cached_property
-    def _context(self) -> Context:
-        return self._unet.project_context(self._y)
-
-    @cached_property
-    def _negative_context(self) -> Context:
-        return self._unet.project_context(self._negative_y)
-
-    @cached_property
-    def _joint_context(self) -> Context:
-        return self._unet.project_context(torch.cat([self._y, self._negative_y]))
-
-    def _predict(self, x: Tensor, t: int, contexts: list[Context], branches: int) -> list[Tensor]:
+    def _predict(self, x: Tensor, t: int, contexts: list[Tensor], branches: int) -> Tensor:
         timesteps = torch.full((self._batch,), t, device=self._device)
-        features = self._reuse.features(t, branches)
+        caches = self._reuse.caches(t, branches) or [None] * len(contexts)
 
-        def predict(chunk: int) -> list[Tensor]:
-            self._unet.chunk = chunk
-            kept = None if features is None else list(features)
-            predictions = self._unet.branches(x, timesteps, contexts, deep=kept, **self._told)
-            if features is not None:
-                features[:] = kept
-            return [each.float() for each in predictions]
+        def predict(y: Tensor, cache: FeatureCache | None) -> Tensor:
+            def predict_in_chunks(chunk: int) -> Tensor:
+                self._limit.elements = chunk
+                v = self._unet(x, timesteps, y, **self._conditions, cache=cache, chunk=chunk)
+                return v.float()
 
-        words = "with layers in parts of {} elements"
-        return with_less_at_a_time(predict, _chunks(self._unet.chunk), words, self._device)
+            words = "with layers in parts of {} elements"
+            return with_less_at_a_time(predict_in_chunks, self._limit.and_less(), words, self._device)
 
-
-def _chunks(chunk: int | None) -> Iterator[int | None]:
-    """A chunk and smaller ones: what has once been too much stays so."""
-    yield chunk
-    chunk = 2**27 if chunk is None else chunk // _LESS
-    while chunk >= _LEAST:
-        yield chunk
-        chunk //= _LESS
+        return torch.cat([predict(y, cache) for y, cache in zip(contexts, caches)])
 
 
 class _FeatureReuse:
@@ -117,16 +120,16 @@ class _FeatureReuse:
         self._timestep: int | None = None
         self._steps = -1
         self._window = 0
-        self._kept: dict[tuple[int, int], list[Tensor]] = {}
+        self._kept: dict[tuple[int, int], list[FeatureCache]] = {}
 
-    def features(self, t: int, branches: int) -> list[Tensor] | None:
-        """For ``UNet.branches``: a list to fill, or a filled one; None where nothing is used again."""
+    def caches(self, t: int, branches: int) -> list[FeatureCache]:
+        """Return a cache for each call of the UNet that predicts the branches; none if nothing is reused."""
         if self._interval == 1:
-            return None
+            return []
         if t != self._timestep:
             self._timestep, self._window = t, -1
             self._steps += 1
         self._window += 1
-        if self._steps % self._interval == 0:
-            self._kept[self._window, branches] = []
-        return self._kept.setdefault((self._window, branches), [])
+        if self._steps % self._interval == 0 or (self._window, branches) not in self._kept:
+            self._kept[self._window, branches] = [FeatureCache() for _ in range(branches)]
+        return self._kept[self._window, branches]

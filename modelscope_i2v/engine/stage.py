@@ -22,7 +22,7 @@ from ..settings.request import Request
 from ..weights import load_weights
 from ..weights.parts import stage_parts
 from .compilation import CompiledBlocks
-from .denoising import guided_velocity
+from .denoising import ChunkLimit, guided_velocity
 from .devices import device_of, placed_on, resolve_device
 from .generated import GeneratedVideo
 from .latents import decode_latents, latent_size
@@ -68,7 +68,7 @@ class Stage(nn.Module):
                 layout=in_channels_last,
             )
             setattr(self, name, part.network)
-        self._chunked_for: torch.device | None = None
+        self._chunk_limit, self._chunked_for = ChunkLimit(0), None
         self._compiled = CompiledBlocks(self.unet) if settings.compile else None
         self._one_at_a_time = threading.RLock()
         self.eval().requires_grad_(False)
@@ -160,10 +160,10 @@ class Stage(nn.Module):
         """Return what the samplers integrate, for a state like x."""
         device = device_of(self.unet)
         if device != self._chunked_for:  # else as it is: out of memory, it has become less
-            self.unet.chunk, self._chunked_for = chunk_of(device, self.low_memory), device
+            self._chunk_limit, self._chunked_for = ChunkLimit(chunk_of(device, self.low_memory)), device
 
         def velocity_for(request: Request) -> Velocity:
-            return guided_velocity(self.unet, y, negative_y, request, **conditions)
+            return guided_velocity(self.unet, y, negative_y, request, self._chunk_limit, **conditions)
 
         if self._compiled is not None:
             whole = replace(request, guidance_interval=None, reuse_interval=1)

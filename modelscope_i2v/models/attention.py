@@ -12,12 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ConfigurationError, MissingPackageError
+from .config import ATTENTION_CHOICES
 
 #: q [B, N, heads, head_dim], k and v [B, M, heads, head_dim] -> [B, N, heads, head_dim]
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-ATTENTION_CHOICES = ("auto", "sdpa", "xformers")
-
 
 #: From this length on cuDNN's attention is the fastest on Hopper GPUs, at head sizes up to 128.
 _LONG = 1024

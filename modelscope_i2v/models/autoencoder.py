@@ -14,39 +14,15 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, InvalidInputError
+from ..errors import InvalidInputError
 from .attention import sdpa_attention
+from .config import AutoencoderConfig
 from .layers import GroupNorm, GroupNormSiLU, StreamConv, stream_dtype
 
 _EPS = 1e-6  # of every GroupNorm
 
 #: Latents are kept at this multiple of the autoencoder's own (so that their variance is about 1).
 SCALE_FACTOR = 0.18215
-
-
-@dataclass(frozen=True)
-class AutoencoderConfig:
-    """Architecture of the autoencoder; the defaults are Stable Diffusion's."""
-
-    in_channels: int = 3
-    out_ch: int = 3
-    ch: int = 128
-    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_res_blocks: int = 2
-    z_channels: int = 4
-    embed_dim: int = 4
-    num_groups: int = 32
-
-    def __post_init__(self):
-        if self.ch % self.num_groups:
-            raise ConfigurationError(
-                f"auto_encoder: ch must be a multiple of num_groups {self.num_groups}, got {self.ch}"
-            )
-
-    @property
-    def downscale(self) -> int:
-        """Pixels a side of one latent position."""
-        return 2 ** (len(self.ch_mult) - 1)
 
 
 @dataclass(frozen=True)

@@ -2,89 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Sequence
+from typing import Sequence
 
 import open_clip
 import torch
+from open_clip.tokenizer import basic_clean, whitespace_clean
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError, InvalidInputError
+from .config import ClipConfig
 
-LAYER_CHOICES = ("penultimate", "last")
+#: No token stands for more than 32 characters. Texts that are twice as long as the context can show are cut
+#: before they are tokenized, which would take a minute for a word of 60,000 letters.
+CHARACTERS_PER_TOKEN = 64
 
 
-@dataclass(frozen=True)
-class ClipConfig:
-    """Which CLIP: an open_clip architecture by name, or an open_clip model configuration.
-
-    ``layer`` is the block whose output the text encoder returns: the published one is ``penultimate``.
-    """
-
-    arch: str = "ViT-H-14"
-    model_cfg: dict[str, Any] | None = field(default=None)
-    layer: str = "penultimate"
-
-    def __post_init__(self):
-        if self.layer not in LAYER_CHOICES:
-            raise ConfigurationError(
-                f"embedder: layer: got {self.layer!r}, allowed are {', '.join(LAYER_CHOICES)}"
-            )
-        self._checked_architecture()
-
-    def _checked_architecture(self) -> dict[str, Any]:
-        if self.model_cfg is None:
-            # open_clip would also take names that send it to the network, or to other folders.
-            is_listed = self.arch.replace("/", "-") in open_clip.list_models()
-            architecture = open_clip.get_model_config(self.arch) if is_listed else None
-            if architecture is None:
-                raise ConfigurationError(
-                    f"embedder: arch: open_clip {open_clip.__version__} has no architecture {self.arch!r}; "
-                    "open_clip.list_models() lists those it has"
-                )
-        else:
-            architecture = self.model_cfg
-        needed = {"embed_dim", "vision_cfg", "text_cfg"}
-        if (
-            not isinstance(architecture, dict)
-            or not needed <= architecture.keys()
-            or not all(isinstance(architecture[name], dict) for name in ("vision_cfg", "text_cfg"))
-        ):
-            raise ConfigurationError(
-                f"embedder: model_cfg: an object with {', '.join(sorted(needed))} is needed, "
-                f"got {str(architecture)[:100]}"
-            )
-        if architecture.get("custom_text") or "hf_model_name" in architecture["text_cfg"]:
-            raise ConfigurationError(
-                f"embedder: arch {self.arch!r} has no CLIP text transformer of its own, which stage two needs"
-            )
-        return architecture
-
-    def build(self) -> open_clip.CLIP:
-        """The whole CLIP, with parameters that hold nothing yet (on the meta device)."""
-        architecture = self._checked_architecture()
-        arguments = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
-        known = {name: architecture[name] for name in arguments if name in architecture}
-        try:
-            with torch.device("meta"):
-                return open_clip.CLIP(**known)
-        except (TypeError, ValueError, KeyError, AssertionError, RuntimeError) as error:
-            raise ConfigurationError(f"embedder: open_clip cannot build this model: {error}") from error
-
-    @property
-    def embed_dim(self) -> int:
-        """Size of the image embedding."""
-        return self._checked_architecture()["embed_dim"]
-
-    @property
-    def image_size(self) -> int:
-        """Side of the visual tower's square input, in pixels."""
-        return self._checked_architecture()["vision_cfg"].get("image_size", 224)
-
-    @property
-    def text_width(self) -> int:
-        """Size of the text tower's hidden states."""
-        return self._checked_architecture()["text_cfg"].get("width", 512)
+def build_clip(config: ClipConfig) -> open_clip.CLIP:
+    """Return the whole CLIP, with parameters that hold nothing yet (on the meta device)."""
+    names = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")
+    arguments = {name: config.architecture[name] for name in names if name in config.architecture}
+    try:
+        with torch.device("meta"):
+            return open_clip.CLIP(**arguments)
+    except (TypeError, ValueError, KeyError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise ConfigurationError(f"embedder: open_clip cannot build this model: {error}") from error
 
 
 class _ClipTower(nn.Module):
@@ -96,7 +37,7 @@ class _ClipTower(nn.Module):
     def __init__(self, config: ClipConfig):
         super().__init__()
         self.config = config
-        self.model = config.build()
+        self.model = build_clip(config)
         #: The parameters' names in a full checkpoint, of both towers.
         self.full_model_keys = frozenset(self.model.state_dict())
         for name in self.unused:
@@ -104,7 +45,7 @@ class _ClipTower(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the tower's parameters are; assigning moves them."""
+        """The device of the tower's parameters; assigning moves them."""
         return next(self.parameters()).device
 
     @device.setter
@@ -138,8 +79,13 @@ class ClipTextEncoder(_ClipTower):
     unused = ("visual", "text_projection", "logit_scale", "attn_mask")
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids [B, context_length] of texts; what is longer than the context is cut off."""
-        return open_clip.tokenize(list(texts), context_length=self.model.context_length)
+        """Return token ids [B, context_length]; what is longer than the context is cut off."""
+        length = self.model.context_length
+        limit = CHARACTERS_PER_TOKEN * length
+        bounded = [
+            text if len(text) <= limit else whitespace_clean(basic_clean(text))[:limit] for text in texts
+        ]
+        return open_clip.tokenize(bounded, context_length=length)
 
     def forward(self, texts: str | Sequence[str]) -> Tensor:
         """Hidden states [B, context_length, width], float32, of one text or several."""

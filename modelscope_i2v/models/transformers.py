@@ -1,7 +1,7 @@
 """The UNet's transformers: over the pixels of each frame, and over the frames of each pixel.
 
 Frames do not meet in the one, nor pixels in the other. So each goes through its input in groups of as many
-as ``Conditioning.chunk`` allows, which bounds the memory of its feed-forward, and changes no number.
+as the call's ``chunk`` allows, which bounds the memory of its feed-forward, and changes no number.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .attention import AttentionFunction
-from .conditioning import Conditioning, KeysValues
+from .conditioning import Conditioning, chunks, in_frame_groups, repeat_to
 from .layers import GroupNorm, LayerNorm, PointwiseConv
 
 #: The largest tensor inside a transformer, GEGLU's projection, has this many times its input's elements.
@@ -31,16 +31,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def keys_values(self, context: Tensor) -> KeysValues:
-        """What the queries see of a context [B, M, context_dim]."""
-        return self._split_heads(self.to_k(context)), self._split_heads(self.to_v(context))
-
-    def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
-        """Tokens [B f, N, width] to the same; ``context`` is of B samples, of f frames each."""
-        q = self._split_heads(self.to_q(x))
-        k, v = self.keys_values(x) if context is None else context
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Attend from tokens [B f, N, width] to a context [B, M, context_dim] of f frames each."""
+        context = x if context is None else context
+        q, k, v = (
+            self._split_heads(tokens) for tokens in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
         # One context serves all frames of a video: (b f) n -> b (f n) puts their queries side by side.
-        attended = self._attend(q.reshape(k.shape[0], -1, *q.shape[2:]), k, v)
+        attended = self._attend(q.reshape(len(k), -1, *q.shape[2:]), k, v)
         return self.to_out(attended.reshape(q.shape).flatten(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -84,10 +82,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the context (to itself where there is none), feed-forward.
-
-    It is used in two parts, because the first does not know the context.
-    """
+    """Self-attention, attention to the context (to itself where there is none), feed-forward."""
 
     def __init__(
         self,
@@ -105,19 +100,17 @@ class TransformerBlock(nn.Module):
         self.norm2 = LayerNorm(width)
         self.norm3 = LayerNorm(width)
 
-    def self_attend(self, x: Tensor) -> Tensor:
-        return x + self.attn1(self.norm1(x))
-
-    def attend_context(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
-    def forward(self, x: Tensor, context: KeysValues | None = None) -> Tensor:
-        return self.attend_context(self.self_attend(x), context)
-
 
 class SpatialTransformer(nn.Module):
-    """A transformer over the pixels of each frame, attending to the context. (b f) c h w in and out."""
+    """A transformer over the pixels of each frame, attending to the context.
+
+    (b f) c h w in and out; where there are k contexts for each sample of its input, k times as many out.
+    """
 
     def __init__(
         self, width: int, heads: int, context_dim: int, attend: AttentionFunction, num_groups: int = 32
@@ -128,38 +121,19 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, attend, context_dim)])
         self.proj_out = nn.Linear(width, width)
 
-    def keys_values(self, context: Tensor) -> KeysValues:
-        """What it sees of a context [B, M, context_dim]."""
-        return self.transformer_blocks[0].attn2.keys_values(context)
-
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        def through(frames: slice, samples: slice) -> Tensor:
-            context = conditioning.context_of(self, samples)
-            return self._attend_context(x[frames], self._self_attend(x[frames]), context)
+        context = conditioning.context
+        x = repeat_to(x, len(context) * conditioning.frames)
 
-        return conditioning.in_frame_groups(through, x, EXPANSION)
+        def transform(frames: slice, samples: slice) -> Tensor:
+            return self._transform(x[frames], context[samples])
 
-    def before_context(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        """The tokens [b f, h w, c] after self-attention: what any context has in common."""
-        return conditioning.in_frame_groups(lambda frames, _: self._self_attend(x[frames]), x, EXPANSION)
+        return in_frame_groups(transform, x, conditioning, EXPANSION)
 
-    def after_context(self, x: Tensor, tokens: Tensor, conditioning: Conditioning) -> Tensor:
-        """What ``forward`` gives for x, from there on."""
-
-        def through(frames: slice, samples: slice) -> Tensor:
-            context = conditioning.context_of(self, samples)
-            return self._attend_context(x[frames], tokens[frames], context)
-
-        return conditioning.in_frame_groups(through, x, EXPANSION)
-
-    def _self_attend(self, x: Tensor) -> Tensor:
+    def _transform(self, x: Tensor, context: Tensor) -> Tensor:
         tokens = self.proj_in(rearrange(self.norm(x), "n c h w -> n (h w) c"))
-        return self.transformer_blocks[0].self_attend(tokens.to(x.dtype))
-
-    def _attend_context(self, x: Tensor, tokens: Tensor, context: KeysValues) -> Tensor:
-        tokens = self.transformer_blocks[0].attend_context(tokens, context)
-        tokens = self.proj_out(tokens.to(self.norm.weight.dtype))
-        return x + rearrange(tokens, "n (h w) c -> n c h w", h=x.shape[2])
+        tokens = self.transformer_blocks[0](tokens.to(x.dtype), context).to(tokens.dtype)
+        return x + rearrange(self.proj_out(tokens), "n (h w) c -> n c h w", h=x.shape[2])
 
 
 class TemporalTransformer(nn.Module):
@@ -179,13 +153,14 @@ class TemporalTransformer(nn.Module):
         self.proj_out = PointwiseConv(inner, width)
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        frames = conditioning.frames
+        frames, chunk = conditioning.frames, conditioning.chunk
         normed = self.norm(rearrange(x, "(b f) c h w -> b c f (h w)", f=frames))
         normed = rearrange(normed, "b c f p -> b f p c")
         video = rearrange(x, "(b f) c h w -> b f (h w) c", f=frames)
         result = torch.empty_like(video)
+        elements = frames * x.shape[1] * self.expansion
         for sample in range(len(video)):
-            for pixels in conditioning.pixel_groups(video[sample], self.expansion):
+            for pixels in chunks(video.shape[2], elements, chunk):
                 tokens = self._attend(normed[sample, :, pixels], x.dtype)
                 result[sample, :, pixels] = video[sample, :, pixels] + tokens
         return rearrange(result, "b f (h w) c -> (b f) c h w", h=x.shape[2])

@@ -9,73 +9,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, InvalidInputError
+from ..errors import InvalidInputError
 from .attention import AttentionFunction, sdpa_attention
-from .conditioning import Conditioning, Context
-from .layers import GroupNormSiLU, StreamConv, TemporalConv, stream_dtype
+from .blocks import Downsample, ResidualBlock, Upsample
+from .conditioning import Conditioning, repeat_to
+from .config import UNetConfig
+from .layers import GroupNormSiLU, StreamConv, stream_dtype
 from .transformers import SpatialTransformer, TemporalTransformer
-
-
-@dataclass(frozen=True)
-class UNetConfig:
-    """Architecture of the UNet; the defaults are the published one's.
-
-    ``image_conditioned`` is stage one: an image embedding becomes ``num_tokens`` context tokens, and the
-    frame rate is embedded beside the timestep. Otherwise the context is used as it comes (stage two).
-    ``row_padding`` is the zero padding, in rows, of the strided convolutions: stage two was trained
-    with 2, and each of its upsamplings takes the surplus row off again at either edge.
-    """
-
-    image_conditioned: bool = True
-    row_padding: int = 1
-    in_dim: int = 4
-    dim: int = 320
-    y_dim: int = 1024
-    context_dim: int = 1024
-    out_dim: int = 4
-    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
-    num_heads: int = 8
-    head_dim: int = 64
-    num_res_blocks: int = 2
-    attn_scales: tuple[float, ...] = (1.0, 0.5, 0.25)
-    num_tokens: int = 4
-    default_fps: int = 8
-    num_groups: int = 32
-
-    def __post_init__(self):
-        if not self.image_conditioned and self.y_dim != self.context_dim:
-            raise ConfigurationError(
-                f"UNet: y_dim {self.y_dim} and context_dim {self.context_dim} must be equal in stage two"
-            )
-        if self.dim % 2:
-            raise ConfigurationError(f"UNet: dim must be even, got {self.dim}")
-        for level, multiple in enumerate(self.dim_mult):
-            width = self.dim * multiple
-            if width % self.num_groups:
-                raise ConfigurationError(
-                    f"UNet: dim x dim_mult[{level}] is {width}, and must be a multiple of "
-                    f"num_groups {self.num_groups}"
-                )
-            attends = 0.5**level in self.attn_scales or level == len(self.dim_mult) - 1  # as the middle does
-            if attends and width % self.head_dim:
-                raise ConfigurationError(
-                    f"UNet: dim x dim_mult[{level}] is {width}, and must be a multiple of "
-                    f"head_dim {self.head_dim}"
-                )
-
-    def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """The smallest latent size from (height, width) up whose skips meet after down- and upsampling."""
-        multiple = 2 ** (len(self.dim_mult) - 1)
-        surplus = 2 * (self.row_padding - 1)
-        rows = math.ceil(max(height - surplus, 0) / multiple) * multiple + surplus
-        return max(rows, surplus or multiple), math.ceil(width / multiple) * multiple
 
 
 class LayerList(nn.ModuleList):
@@ -87,92 +33,12 @@ class LayerList(nn.ModuleList):
         return x
 
 
-class FirstBlock(nn.ModuleList):
+class InputBlock(nn.ModuleList):
     """A convolution of the latent, and a transformer over its frames. (b f) c h w in and out."""
 
     def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
         conv, transformer = self
         return transformer(conv(x), conditioning)
-
-
-class Downsample(nn.Module):
-    """Halves height and width, (b f) c h w."""
-
-    def __init__(self, width: int, row_padding: int):
-        super().__init__()
-        self.op = StreamConv(width, width, 3, stride=2, padding=(row_padding, 1))
-
-    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.op(x)
-
-
-class Upsample(nn.Module):
-    """Doubles height and width, (b f) c h w, and drops the rows that padding added on the way down."""
-
-    def __init__(self, width: int, row_padding: int):
-        super().__init__()
-        self.surplus = row_padding - 1
-        self.conv = StreamConv(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        return self.conv(x[:, :, self.surplus : x.shape[2] - self.surplus])
-
-
-class TemporalConvolution(nn.Module):
-    """x + four of (GroupNorm, SiLU, convolution over 3 frames). (b f) c h w in and out."""
-
-    def __init__(self, width: int, num_groups: int = 32):
-        super().__init__()
-        self.conv1 = self._layers(width, num_groups)
-        # The others had a dropout between, which leaves a gap in their parameters' numbers.
-        self.conv2 = self._layers(width, num_groups, nn.Identity())
-        self.conv3 = self._layers(width, num_groups, nn.Identity())
-        self.conv4 = self._layers(width, num_groups, nn.Identity())
-
-    @staticmethod
-    def _layers(width: int, num_groups: int, *gap: nn.Module) -> nn.Sequential:
-        norm = GroupNormSiLU(width, num_groups=num_groups)
-        return nn.Sequential(norm, nn.Identity(), *gap, TemporalConv(width))
-
-    def forward(self, x: Tensor, frames: int) -> Tensor:
-        video = rearrange(x, "(b f) c h w -> b c f (h w)", f=frames)
-        residual = self.conv4(self.conv3(self.conv2(self.conv1(video))))
-        return x + rearrange(residual, "b c f (h w) -> (b f) c h w", h=x.shape[2])
-
-
-class ResidualBlock(nn.Module):
-    """Two convolutions a frame with the embedding between, then the temporal convolutions."""
-
-    def __init__(self, in_width: int, embedding_dim: int, out_width: int, num_groups: int = 32):
-        super().__init__()
-        self.in_layers = nn.Sequential(
-            GroupNormSiLU(in_width, num_groups=num_groups),
-            nn.Identity(),
-            nn.Conv2d(in_width, out_width, 3, padding=1),
-        )
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding_dim, out_width))
-        self.out_layers = nn.Sequential(
-            GroupNormSiLU(out_width, num_groups=num_groups),
-            nn.Identity(),
-            nn.Identity(),  # a dropout's place
-            nn.Conv2d(out_width, out_width, 3, padding=1),
-        )
-        same = in_width == out_width
-        self.skip_connection = nn.Identity() if same else StreamConv(in_width, out_width, 1)
-        self.temopral_conv = TemporalConvolution(
-            out_width, num_groups
-        )  # spelt so in the published checkpoints
-
-    def forward(self, x: Tensor, conditioning: Conditioning) -> Tensor:
-        embedding = self.emb_layers(conditioning.embedding).to(x.dtype)
-        embedding = embedding.repeat_interleave(conditioning.frames, 0)
-
-        def spatial(frames: slice, _: slice) -> Tensor:
-            h = self.in_layers(x[frames]) + embedding[frames, :, None, None]
-            return self.skip_connection(x[frames]) + self.out_layers(h)
-
-        return self.temopral_conv(conditioning.in_frame_groups(spatial, x), conditioning.frames)
 
 
 def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
@@ -184,16 +50,14 @@ def sinusoidal_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 @dataclass
-class _Shared:
-    """Where all contexts' computations are the same yet: skips, the residual's output, the tokens of it."""
+class FeatureCache:
+    """Features that later calls use again (https://arxiv.org/abs/2312.00858), which is an approximation.
 
-    skips: list[Tensor]
-    x: Tensor | None
-    tokens: Tensor | None
+    A call with an empty cache leaves in it what all blocks but the outermost made. A call with a filled one
+    computes the outermost blocks only.
+    """
 
-    def clear(self) -> None:
-        """Let go of the memory."""
-        self.skips, self.x, self.tokens = [], None, None
+    features: Tensor | None = None
 
 
 class UNet(nn.Module):
@@ -202,13 +66,7 @@ class UNet(nn.Module):
     Args:
         config: the architecture.
         attend: the attention function of all its attentions.
-
-    Attributes:
-        chunk: how many elements the largest tensor inside a layer may have, where the layer can take its
-            input in parts; None for any number. It changes memory and time, not the result.
     """
-
-    chunk: int | None = None
 
     def __init__(self, config: UNetConfig, attend: AttentionFunction = sdpa_attention):
         super().__init__()
@@ -224,7 +82,7 @@ class UNet(nn.Module):
         width = config.dim
         first = StreamConv(config.in_dim, width, 3, padding=1)
         mixing = TemporalTransformer(width, config.num_heads, config.head_dim, attend, config.num_groups)
-        self.input_blocks = nn.ModuleList([FirstBlock([first, mixing])])
+        self.input_blocks = nn.ModuleList([InputBlock([first, mixing])])
         skips = [width]
         for level, level_width in enumerate(widths):
             for _ in range(config.num_res_blocks):
@@ -276,136 +134,72 @@ class UNet(nn.Module):
         hidden = hidden or out_dim
         return nn.Sequential(nn.Linear(in_dim, hidden), nn.SiLU(), nn.Linear(hidden, out_dim))
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, fps: Tensor | None = None) -> Tensor:
-        """The v-prediction for a noised latent.
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        fps: Tensor | None = None,
+        *,
+        cache: FeatureCache | None = None,
+        chunk: int | None = None,
+    ) -> Tensor:
+        """Return the v-prediction for a noised latent, under one or several contexts for each sample.
 
         Sizes that down- and upsampling do not return to are padded, by repeating the edge, and cropped back.
+        With k contexts, what comes before the first attention to a context is computed once for all.
 
         Args:
             x: noised latent [B, 4, F, h, w].
             t: timestep [B], in 0..999.
-            y: stage one: image embedding [B, 1, y_dim]; stage two: text hidden states [B, N, context_dim].
+            y: stage one: image embedding [k B, 1, y_dim]; stage two: text hidden states
+                [k B, N, context_dim]. All samples' first contexts come first.
             fps: stage one only: frames a second [B]; absent, the configuration's ``default_fps``.
+            cache: features to use again, or to be filled; see there.
+            chunk: how many elements the largest tensor inside a layer may have, where it can take its input
+                in parts; None for any number. It changes memory and time, not the result.
 
         Returns:
-            v [B, 4, F, h, w], in the parameters' dtype.
+            v [k B, 4, F, h, w], in the parameters' dtype.
 
         Raises:
             InvalidInputError: if a shape does not fit.
         """
-        self._check(x, t, fps)
-        self._check_conditioning(y, x.shape[0])
-        return self.branches(x, t, [self.project_context(y)], fps)[0]
-
-    def project_context(self, y: Tensor) -> Context:
-        """Keys and values of a conditioning y, as of ``forward``: the same for all calls with that y."""
-        self._check_conditioning(y, None)
-        context = y.to(self.dtype)
-        if self.config.image_conditioned:
-            tokens = self.config.num_tokens
-            context = rearrange(self.context_embedding(context), "b 1 (n c) -> b n c", n=tokens)
-        transformers = [layer for layer in self.modules() if isinstance(layer, SpatialTransformer)]
-        return {transformer: transformer.keys_values(context) for transformer in transformers}
-
-    def branches(
-        self,
-        x: Tensor,
-        t: Tensor,
-        contexts: Sequence[Context],
-        fps: Tensor | None = None,
-        deep: list[Tensor] | None = None,
-    ) -> list[Tensor]:
-        """The v-predictions for one noised latent under several contexts, as those of guidance.
-
-        What comes before the first attention to a context is computed once for all of them.
-
-        Args:
-            x, t, fps: as of ``forward``.
-            contexts: of ``project_context``, each of B samples. They are computed one after the other; one of
-                k B samples, those of k contexts one after the other, is computed in one pass.
-            deep: for reuse of features (https://arxiv.org/abs/2312.00858), which is an approximation. A list
-                that is empty is filled with what all blocks but the outermost make, for each context. One
-                that is filled stands for those blocks: only the outermost are computed.
-
-        Returns:
-            v [B, 4, F, h, w] for each context ([k B, ..] for one of k B samples), in the parameters' dtype.
-        """
-        self._check(x, t, fps)
+        self._check(x, t, y, fps)
         frames, height, width = x.shape[2:]
-        x = self._frames_of(x)
-        told = Conditioning(self._embed(t, fps), {}, frames, self.chunk)
-        if deep:
-            outermost = self.input_blocks[0](x, told)
-            ends = [
-                self._last_block(features, under.repeated(outermost), under)
-                for features, under in zip(deep, map(told.under, contexts))
-            ]
+        conditioning = Conditioning(self._embed(t, fps), self._embed_context(y), frames, chunk)
+        h = self._to_stream(x)
+
+        # Down, middle
+        h = self.input_blocks[0](h, conditioning)
+        skips = [h]
+        output_blocks = self.output_blocks
+        if cache is None or cache.features is None:
+            for block in self.input_blocks[1:]:
+                h = block(h, conditioning)
+                skips.append(h)
+            h = self.middle_block(h, conditioning)
         else:
-            shared = self._before_context(x, told)
-            ends = []
-            for number, context in enumerate(contexts, start=1):
-                under = told.under(context)
-                features, skip = self._after_context(shared, under, keep=number < len(contexts))
-                ends.append(self._last_block(features, skip, under))
-                if deep is not None:
-                    deep.append(features)
-        return [rearrange(end[:, :, :height, :width], "(b f) c h w -> b c f h w", f=frames) for end in ends]
+            h, output_blocks = cache.features, output_blocks[-1:]
+
+        # Up
+        for block in output_blocks:
+            if cache is not None and block is self.output_blocks[-1]:
+                cache.features = h
+            h = torch.cat([h, repeat_to(skips.pop(), len(h))], dim=1)
+            for layer in block:  # here, so that the wide input is let go once the first layer is done with it
+                h = layer(h, conditioning)
+
+        h = self.out(h)[:, :, :height, :width]
+        return rearrange(h, "(b f) c h w -> b c f h w", f=frames)
 
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' type, and so that of what is computed."""
         return self.out[0].weight.dtype  # a norm's, which no adapter replaces
 
-    @property
-    def _downward(self) -> list[nn.Module]:
-        return [*self.input_blocks, self.middle_block]
-
-    @property
-    def _first_attending(self) -> int:
-        """Which of these has the first spatial transformer, behind a residual block."""
-        return next(
-            number
-            for number, block in enumerate(self._downward)
-            if any(isinstance(layer, SpatialTransformer) for layer in block.children())
-        )
-
-    def _before_context(self, x: Tensor, told: Conditioning) -> _Shared:
-        """Up to where the first spatial transformer attends to its context."""
-        skips = []
-        for block in self._downward[: self._first_attending]:
-            x = block(x, told)
-            skips.append(x)
-        residual, spatial = self._downward[self._first_attending][:2]
-        x = residual(x, told)
-        return _Shared(skips, x, spatial.before_context(x, told))
-
-    def _after_context(self, shared: _Shared, told: Conditioning, keep: bool) -> tuple[Tensor, Tensor]:
-        """From there to before the last block: its two inputs. Without ``keep``, ``shared`` is used up."""
-        first, *others = self._downward[self._first_attending :]
-        _, spatial, *layers = first
-        skips = [told.repeated(skip) for skip in shared.skips]
-        x = spatial.after_context(told.repeated(shared.x), told.repeated(shared.tokens), told)
-        if not keep:
-            shared.clear()
-        for layer in layers:
-            x = layer(x, told)
-        for block in others:
-            skips.append(x)
-            x = block(x, told)
-        for block in self.output_blocks[:-1]:
-            x = torch.cat([x, skips.pop()], dim=1)
-            for layer in block:  # here, so that the wide input is let go once the first is done with it
-                x = layer(x, told)
-        return x, skips.pop()
-
-    def _last_block(self, x: Tensor, skip: Tensor, told: Conditioning) -> Tensor:
-        x = torch.cat([x, skip], dim=1)
-        for layer in self.output_blocks[-1]:
-            x = layer(x, told)
-        return self.out(x)
-
-    def _frames_of(self, x: Tensor) -> Tensor:
-        """b c f h w -> the residual stream's (b f) c h w, of a size that comes back."""
+    def _to_stream(self, x: Tensor) -> Tensor:
+        """b c f h w -> the residual stream's (b f) c h w, padded to a size that comes back."""
         height, width = x.shape[3:]
         padded_height, padded_width = self.config.padded_size(height, width)
         x = rearrange(x.to(stream_dtype(self.dtype)), "b c f h w -> (b f) c h w")
@@ -413,7 +207,7 @@ class UNet(nn.Module):
         return x.contiguous(memory_format=torch.channels_last)
 
     def _embed(self, t: Tensor, fps: Tensor | None) -> Tensor:
-        """The embedding of timestep and, in stage one, frame rate: [B, 4 dim]."""
+        """Embed timestep and, in stage one, frame rate: [B, 4 dim]."""
         config = self.config
         embedding = self.time_embed(sinusoidal_embedding(t, config.dim).to(self.dtype))
         if not config.image_conditioned:
@@ -421,17 +215,23 @@ class UNet(nn.Module):
         fps = torch.full_like(t, config.default_fps) if fps is None else fps
         return embedding + self.fps_embedding(sinusoidal_embedding(fps, config.dim).to(self.dtype))
 
-    def _check(self, x: Tensor, t: Tensor, fps: Tensor | None) -> None:
+    def _embed_context(self, y: Tensor) -> Tensor:
+        """Return what the spatial transformers attend to, [k B, M, context_dim]."""
+        if not self.config.image_conditioned:
+            return y.to(self.dtype)
+        context = self.context_embedding(y.to(self.dtype))
+        return rearrange(context, "b 1 (n c) -> b n c", n=self.config.num_tokens)
+
+    def _check(self, x: Tensor, t: Tensor, y: Tensor, fps: Tensor | None) -> None:
         config = self.config
         if x.ndim != 5 or x.shape[1] != config.in_dim:
             raise InvalidInputError(f"UNet: x must be [B, {config.in_dim}, F, h, w], got {list(x.shape)}")
+        batch = x.shape[0]
         for name, value in (("t", t), ("fps", fps)):
             if value is not None and value.shape != x.shape[:1]:
-                raise InvalidInputError(f"UNet: {name} must be [{x.shape[0]}], got {list(value.shape)}")
-
-    def _check_conditioning(self, y: Tensor, batch: int | None) -> None:
-        one_token = self.config.image_conditioned
-        fits = y.ndim == 3 and y.shape[2] == self.config.y_dim and batch in (None, y.shape[0])
-        if not fits or (one_token and y.shape[1] != 1):
-            needed = f"[{batch or 'B'}, {'1' if one_token else 'N'}, {self.config.y_dim}]"
+                raise InvalidInputError(f"UNet: {name} must be [{batch}], got {list(value.shape)}")
+        tokens = 1 if config.image_conditioned else "N"
+        fits = y.ndim == 3 and len(y) and len(y) % batch == 0 and y.shape[2] == config.y_dim
+        if not fits or y.shape[1] != tokens != "N":
+            needed = f"[{batch}, {tokens}, {config.y_dim}]"
             raise InvalidInputError(f"UNet: y must be {needed}, got {list(y.shape)}")

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, Mapping
 
 from ..errors import ConfigurationError, MissingFileError, describe
-from ..models.autoencoder import AutoencoderConfig
-from ..models.clip import LAYER_CHOICES, ClipConfig
+from ..models.config import LAYER_CHOICES, AutoencoderConfig, ClipConfig
 from .rules import (
     Rule,
     choice,

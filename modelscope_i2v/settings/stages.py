@@ -9,15 +9,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from ..errors import ConfigurationError
+from ..models.config import AutoencoderConfig, ClipConfig, UNetConfig
 from .rules import Rule, boolean, choice, did_you_mean, integer, interval, number, optional, size, text
-
-if TYPE_CHECKING:
-    from ..models.autoencoder import AutoencoderConfig
-    from ..models.clip import ClipConfig
-    from ..models.unet import UNetConfig
 
 IMAGE_TO_VIDEO = "image-to-video"
 VIDEO_TO_VIDEO = "video-to-video"
@@ -78,25 +74,6 @@ class Setting:
 
 def _setting(default: Any, rule: Rule, help: str, **declared: Any) -> Any:
     return field(default=default, metadata={"setting": Setting(rule, help, **declared)})
-
-
-# Imported where they are used, because torch comes with them.
-def _unet_config(**values: Any) -> UNetConfig:
-    from ..models.unet import UNetConfig
-
-    return UNetConfig(**values)
-
-
-def _autoencoder_config() -> AutoencoderConfig:
-    from ..models.autoencoder import AutoencoderConfig
-
-    return AutoencoderConfig()
-
-
-def _clip_config() -> ClipConfig:
-    from ..models.clip import ClipConfig
-
-    return ClipConfig()
 
 
 @dataclass
@@ -174,9 +151,9 @@ class StageSettings:
     )
     limit_frames: int = _setting(1024, integer(1, 100_000), "the most frames that a call may ask for")
     limit_steps: int = _setting(1000, integer(1, 1000), "the most steps that a call may ask for")
-    unet: UNetConfig = field(default_factory=_unet_config)
-    autoencoder: AutoencoderConfig = field(default_factory=_autoencoder_config)
-    clip: ClipConfig = field(default_factory=_clip_config)
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
 
     def __setattr__(self, name: str, value: Any) -> None:
         names = [each.name for each in dataclasses.fields(self)]
@@ -247,7 +224,7 @@ class VideoToVideoSettings(StageSettings):
         DEFAULT_NEGATIVE_PROMPT, text(), "what to avoid, instead of the published one", in_call=True
     )
     decoder_bs: int = 2
-    unet: UNetConfig = field(default_factory=lambda: _unet_config(image_conditioned=False, row_padding=2))
+    unet: UNetConfig = field(default_factory=lambda: UNetConfig(image_conditioned=False, row_padding=2))
 
 
 SETTINGS_OF_STAGE: dict[str, type[StageSettings]] = {

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..models.autoencoder import Autoencoder, AutoencoderConfig
-from ..models.clip import ClipConfig
+from ..models.clip import ClipConfig, build_clip
 from ..models.unet import UNet, UNetConfig
 from ..settings.configuration import FILE_NAME, ImageToVideoSettings, VideoToVideoSettings
 
@@ -93,9 +93,8 @@ def make_small_model(
         _write_unet(path / stage_settings.ckpt_unet, stage_settings, seed)
     first, second = folders
     _write_autoencoder(first / ImageToVideoSettings.ckpt_autoencoder, seed)
-    torch.save(
-        random_state_dict(ClipConfig(model_cfg=_CLIP).build(), seed), first / ImageToVideoSettings.ckpt_clip
-    )
+    clip = build_clip(ClipConfig(model_cfg=_CLIP))
+    torch.save(random_state_dict(clip, seed), first / ImageToVideoSettings.ckpt_clip)
     for name in (ImageToVideoSettings.ckpt_autoencoder, ImageToVideoSettings.ckpt_clip):
         _link(first / name, second / name)  # as on the hub, these two files are the same in both
     return folders

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modelscope_i2v.models.autoencoder import Autoencoder
+from modelscope_i2v.models.clip import build_clip
 from modelscope_i2v.models.unet import UNet
 from modelscope_i2v.settings.configuration import StageSettings, load_settings
 from modelscope_i2v.weights.small_model import random_state_dict
@@ -96,7 +97,7 @@ def networks(settings: StageSettings) -> dict[str, nn.Module]:
     """A stage's networks without values, CLIP with both towers, by file name."""
     with torch.device("meta"):
         unet, autoencoder = UNet(settings.unet), Autoencoder(settings.autoencoder)
-    clip = settings.clip.build()
+    clip = build_clip(settings.clip)
     return {settings.ckpt_unet: unet, settings.ckpt_autoencoder: autoencoder, settings.ckpt_clip: clip}
 
 

@@ -19,11 +19,11 @@ _WEIGHT_BYTES = {"auto": 2, "fp32": 4, "fp16": 2, "bf16": 2}
 _ACTIVATION_BYTES = {**_WEIGHT_BYTES, "bf16": 4}  # counted: the residual stream is float32 beside bf16
 
 # Counted, by following every tensor of a call, on the published networks in half precision. In units of the
-# latent's positions x the width of the UNet's finest level, the branches of guidance take 11.1 where they
-# are computed one after the other, and 18.1 where they are computed together (as stage one's are).
-_UNET_APART, _UNET_TOGETHER = 11.1, 18.1
-#: And this many times the largest tensor inside a layer, where that is taken in parts.
-_UNET_PARTS = 1.6
+# latent's positions x the width of the UNet's finest level, the branches of guidance take 9.1 where they are
+# computed one after the other, and 18.1 where they are computed together (as stage one's are).
+_UNET_APART, _UNET_TOGETHER = 9.1, 18.1
+#: At least this, and so many times the largest tensor inside a layer, where that is taken in chunks.
+_UNET_LAYER, _UNET_CHUNKS = 5.0, 2.0
 _AUTOENCODER_ELEMENTS = 8.2  # a pixel and unit of width: 1.8 GiB for one frame of 1280x720
 # Frames in float32, of 12 bytes a pixel: those going in, those coming out, and a copy of these while they are
 # scaled. They lie in the host's memory, wherever the networks are.
@@ -83,9 +83,8 @@ def estimate_memory(
     width = settings.unet.dim * settings.unet.dim_mult[0]
     finest = positions * width
     parts = min(chunk_of(torch.device("cuda"), low_memory), EXPANSION * finest)
-    in_unet = _UNET_APART * finest + _UNET_PARTS * parts
-    if settings.unet.image_conditioned:
-        in_unet = max(in_unet, _UNET_TOGETHER * finest)
+    outside = _UNET_TOGETHER if settings.unet.image_conditioned else _UNET_APART
+    in_unet = max(outside * finest, _UNET_LAYER * finest + _UNET_CHUNKS * parts)
     decoded = (1 if low_memory else min(settings.decoder_bs, frames)) * pixels
     in_autoencoder = decoded * settings.autoencoder.ch * _AUTOENCODER_ELEMENTS
     inside = [int(each * _ACTIVATION_BYTES[settings.precision]) for each in (in_unet, in_autoencoder, 0)]

@@ -7,10 +7,13 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator
+from typing import TYPE_CHECKING, Iterator
 
 from .. import __version__
 from ..errors import I2VError
+
+if TYPE_CHECKING:
+    from ..settings.stages import StageSettings
 
 #: The packages whose versions matter to a report, by the names that they are installed under.
 _REQUIRED = ("modelscope", "torch", "open_clip_torch", "einops", "torchsde", "av", "Pillow", "numpy")
@@ -131,7 +134,7 @@ def _model_folder(folder: Path) -> Iterator[Finding]:
         yield from _weights(folder, stage, settings)
 
 
-def _weights(folder: Path, stage: str, settings) -> Iterator[Finding]:
+def _weights(folder: Path, stage: str, settings: StageSettings) -> Iterator[Finding]:
     from ..weights import check_weights
     from ..weights.parts import stage_parts
 

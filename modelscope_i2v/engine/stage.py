@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import InvalidInputError
 from ..models.attention import select_attention
+from ..models.autoencoder import Autoencoder
 from ..models.layers import in_channels_last
+from ..models.unet import UNet
 from ..samplers.velocity import Velocity
 from ..settings.configuration import StageSettings, load_settings
 from ..settings.keywords import check_keywords
@@ -47,6 +49,10 @@ class Stage(nn.Module):
     """
 
     name: ClassVar[str]
+    settings: StageSettings
+    unet: UNet
+    autoencoder: Autoencoder
+    clip_encoder: nn.Module
 
     def __init__(self, folder: str | Path, settings: StageSettings, device: torch.device):
         super().__init__()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import Any, Iterable, Iterator, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from ..samplers.sdedit import (
 )
 from ..settings.record import FIRST_STAGE, from_metadata
 from ..settings.request import Request
+from ..settings.stages import VideoToVideoSettings
 from .devices import placed_on
 from .generated import GeneratedVideo
 from .latents import draw_noise, encode_frames, sample_latents
@@ -43,6 +45,7 @@ class VideoToVideo(Stage):
     """
 
     name = "video-to-video"
+    settings: VideoToVideoSettings
 
     def __init__(self, *args: Any):
         super().__init__(*args)
@@ -78,6 +81,7 @@ class VideoToVideo(Stage):
     def generate(self, video: Any, request: Request, progress: Progress) -> GeneratedVideo:
         """Generate the sharper video of a video, as of ``forward``."""
         with ExitStack() as stack:
+            frames: Iterable[np.ndarray]
             if isinstance(video, Video):
                 frames, metadata = video.frames, video.metadata
             else:
@@ -85,7 +89,7 @@ class VideoToVideo(Stage):
                 with progress.phase("reading"):
                     reader = stack.enter_context(open_video(video, self.settings.limit_frames + 1))
                 frames, metadata = reader, reader.metadata
-            tensors = (self.transform([frame])[0] for frame in frames)
+            tensors = (self.transform(frame[None])[0] for frame in frames)
             return self.generate_from_frames(tensors, metadata, request, progress)
 
     def generate_from_frames(
@@ -133,7 +137,7 @@ class VideoToVideo(Stage):
             entropy: the Brownian tree's seed, instead of the one drawn from the request's.
         """
         progress = progress or Progress()
-        latent_size = self._latent_shape(request, 1)[3:]
+        _, _, _, height, width = self._latent_shape(request, 1)
 
         # 1. The conditions: the prompt's embedding and the negative prompt's.
         with self._phase("clip", progress, request, request.window, self.clip_encoder):
@@ -143,7 +147,7 @@ class VideoToVideo(Stage):
         # 2. The video's posterior, frame by frame.
         with self._phase("encoding", progress, request, request.window, self.autoencoder):
             frames = self._within_limit(frames, request)
-            posterior = encode_frames(self.autoencoder, frames, request.size, latent_size)
+            posterior = encode_frames(self.autoencoder, frames, request.size, (height, width))
 
         # 3. The seed's draws.
         count = len(posterior.mean)

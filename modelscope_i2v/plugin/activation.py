@@ -18,6 +18,10 @@ import threading
 
 from modelscope_i2v.plugin import stock_modules
 
+TYPE_CHECKING = False  # typing's own, whose import would cost every start
+if TYPE_CHECKING:
+    from typing import Any
+
 AUTOLOAD_VARIABLE = "MODELSCOPE_I2V_AUTOLOAD"
 HOOK_MODULE = "_modelscope_i2v_autoload"
 
@@ -101,14 +105,14 @@ class _Activation:
                     return spec
         return None
 
-    def _watch(self, loader, name: str) -> None:
+    def _watch(self, loader: Any, name: str) -> None:
         """Call :meth:`_loaded` after the loader has run the module.
 
         The loader keeps its type, so that whoever looks at the module later sees nothing unusual.
         """
         run = loader.exec_module
 
-        def run_then_register(module) -> None:
+        def run_then_register(module: Any) -> None:
             run(module)
             # Another module may come from the same loader, as out of a zip file.
             if module.__name__ == name:

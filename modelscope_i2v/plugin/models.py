@@ -78,6 +78,7 @@ class ImageToVideoModel(StageModel):
     """Stage one: a video whose content is an image's."""
 
     stage_class = ImageToVideo
+    stage: ImageToVideo
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Any]) -> Tensor:
@@ -106,6 +107,7 @@ class VideoToVideoModel(StageModel):
     """
 
     stage_class = VideoToVideo
+    stage: VideoToVideo
     stage_attributes = {
         **StageModel.stage_attributes,
         "negative_y": "negative_y",

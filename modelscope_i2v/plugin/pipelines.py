@@ -299,7 +299,7 @@ class ImageToVideoPipeline(StagePipeline):
         for input, output, first_output in zip(inputs, outputs, outputs[len(inputs) :]):
             video = self.generate(input, **first_keywords)
             kept = self._result(video, first_output) if keep_first is True or first_output else {}
-            result = self._second_stage(video, output_video=output, **second_keywords)
+            result: Any = self._second_stage(video, output_video=output, **second_keywords)
             if kept:
                 result["first_video"] = kept[OutputKeys.OUTPUT_VIDEO]
             results.append(result)
@@ -339,8 +339,8 @@ class VideoToVideoPipeline(StagePipeline):
 
     def _sanitize_parameters(self, output_video: Any = None, **keywords: Any) -> tuple[dict, dict, dict]:
         """As of ``StagePipeline``; a call's frames are read only as they are encoded."""
-        for_preprocess, *others = super()._sanitize_parameters(output_video, **keywords)
-        return ({**for_preprocess, "streamed": True}, *others)
+        for_preprocess, for_forward, for_postprocess = super()._sanitize_parameters(output_video, **keywords)
+        return {**for_preprocess, "streamed": True}, for_forward, for_postprocess
 
     def preprocess(self, input: Any, **keywords: Any) -> dict[str, Any]:
         """Return what the model takes for one input, which may also be a dict.

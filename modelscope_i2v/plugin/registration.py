@@ -13,6 +13,10 @@ from __future__ import annotations
 
 import sys
 
+TYPE_CHECKING = False  # typing's own, whose import would cost every start
+if TYPE_CHECKING:
+    from typing import Any
+
 IMAGE_TO_VIDEO = "image-to-video"
 VIDEO_TO_VIDEO = "video-to-video"
 
@@ -73,7 +77,7 @@ _DECLARATIONS = (
 )
 
 
-def register_class(registry, group: str, name: str):
+def register_class(registry: Any, group: str, name: str) -> Any:
     """Return the class decorator with which every class of ours enters one of ModelScope's registries.
 
     Args:
@@ -131,7 +135,7 @@ def repoint_index() -> bool:
     return True
 
 
-def _lazy_index(lazy_module) -> dict:
+def _lazy_index(lazy_module: Any) -> dict:
     """The dictionary from (registry, group, name) to module that ModelScope looks classes up in."""
     get_ast_index = getattr(lazy_module, "get_ast_index", None)
     # ModelScope before 1.30 has the attribute, and no method.

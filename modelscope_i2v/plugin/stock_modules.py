@@ -12,6 +12,10 @@ import importlib
 import sys
 from importlib.machinery import ModuleSpec
 
+TYPE_CHECKING = False  # typing's own, whose import would cost every start
+if TYPE_CHECKING:
+    from typing import Any
+
 #: By the path of a shipped module: its class, and where ours is.
 STOCK_CLASSES = {
     "modelscope.models.multi_modal.image_to_video.image_to_video_model": (
@@ -32,14 +36,17 @@ STOCK_CLASSES = {
 class StockModuleFinder:
     """Finder and loader, as the import system knows them, of the modules of :data:`STOCK_CLASSES`."""
 
-    def find_spec(self, name, path=None, target=None) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """Return the spec of one of the four modules, None for any other."""
-        return ModuleSpec(name, self, origin=STOCK_CLASSES[name][1]) if name in STOCK_CLASSES else None
+        if name not in STOCK_CLASSES:
+            return None
+        loader: Any = self  # which importlib.abc.Loader would be dear to say
+        return ModuleSpec(name, loader, origin=STOCK_CLASSES[name][1])
 
-    def create_module(self, spec) -> None:
+    def create_module(self, spec: ModuleSpec) -> None:
         """Leave the making of the module to the import system."""
 
-    def exec_module(self, module) -> None:
+    def exec_module(self, module: Any) -> None:
         """Give the module our class under the shipped one's name."""
         class_name, our_module, our_name = STOCK_CLASSES[module.__name__]
         setattr(module, class_name, getattr(importlib.import_module(our_module), our_name))

@@ -110,7 +110,7 @@ def memory_in_words(settings: StageSettings, size: tuple[int, int], frames: int,
 def choose_low_memory(settings: StageSettings, device: torch.device) -> bool:
     """Return whether networks take turns on the device: as set, or with ``auto`` if all do not fit."""
     if settings.low_memory != "auto":
-        return settings.low_memory
+        return bool(settings.low_memory)
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)

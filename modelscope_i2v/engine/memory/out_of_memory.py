@@ -102,7 +102,7 @@ def _alternatives(
     for part in (window // 2, window // 4):
         choices += [(f"{with_low}{name} {part}", (width, height), part)] if part else []
     for divisor in (2, 4):
-        size = tuple(max(length // divisor // 8 * 8, 8) for length in (width, height))
+        size = max(width // divisor // 8 * 8, 8), max(height // divisor // 8 * 8, 8)
         choices.append((f"{with_low}resolution {list(size)}", size, window))
     for words, size, part in choices:
         yield words, estimate_memory(settings, size, frames, part, low_memory=True).networks

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..models import autoencoder as parts
 from ..models.autoencoder import SCALE_FACTOR, Autoencoder
+from ..models.blocks import ResidualBlock, TemporalConvolution
 from ..models.transformers import SpatialTransformer, TemporalTransformer
-from ..models.unet import ResidualBlock, TemporalConvolution, UNet
+from ..models.unet import UNet
 
 _REFERENCE = 50.0  # constant channels beside which a group's others hardly change its statistics
 

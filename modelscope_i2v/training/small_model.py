@@ -23,7 +23,7 @@ from ..models.clip import ClipConfig, ClipTextEncoder
 from ..models.unet import UNet, UNetConfig
 from ..samplers.ddim import DDIMSchedule
 from ..samplers.sdedit import SDEditSchedule, published_sigmas
-from ..settings.configuration import DEFAULT_NEGATIVE_PROMPT, DEFAULT_POSITIVE_PROMPT
+from ..settings.stages import DEFAULT_NEGATIVE_PROMPT, DEFAULT_POSITIVE_PROMPT
 from . import losses
 from .initialisation import start_as_resampling, start_clip, start_unet
 from .scenes import COLOURS, TRAINING_SEEDS, Scene, all_captions

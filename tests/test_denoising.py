@@ -10,9 +10,9 @@ from tiny_networks import STAGES, TINY, built, inputs_of, normal
 from modelscope_i2v.engine import denoising
 from modelscope_i2v.engine.denoising import ChunkLimit
 from modelscope_i2v.models.unet import UNet, UNetConfig
-from modelscope_i2v.settings.configuration import ImageToVideoSettings
 from modelscope_i2v.settings.keywords import check_keywords
 from modelscope_i2v.settings.request import Request
+from modelscope_i2v.settings.stages import ImageToVideoSettings
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

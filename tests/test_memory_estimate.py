@@ -16,9 +16,10 @@ from modelscope_i2v.engine.memory.limits import check_limits
 from modelscope_i2v.engine.precision import precision_name
 from modelscope_i2v.errors import InvalidInputError
 from modelscope_i2v.models.unet import UNet, UNetConfig
-from modelscope_i2v.settings.configuration import ImageToVideoSettings, VideoToVideoSettings, load_settings
+from modelscope_i2v.settings.configuration import load_settings
 from modelscope_i2v.settings.keywords import check_keywords
 from modelscope_i2v.settings.request import Request
+from modelscope_i2v.settings.stages import ImageToVideoSettings, VideoToVideoSettings
 
 ONE, TWO = ImageToVideoSettings, VideoToVideoSettings
 GIB = 2**30

@@ -19,8 +19,8 @@ from modelscope_i2v.engine.memory.out_of_memory import (
 )
 from modelscope_i2v.errors import I2VError, NotEnoughMemoryError
 from modelscope_i2v.models.transformers import GEGLU
-from modelscope_i2v.settings.configuration import ImageToVideoSettings, VideoToVideoSettings
 from modelscope_i2v.settings.request import Request
+from modelscope_i2v.settings.stages import ImageToVideoSettings, VideoToVideoSettings
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from modelscope_i2v.engine.devices import device_of, placed_on
 from modelscope_i2v.engine.memory.estimate import choose_low_memory
-from modelscope_i2v.settings.configuration import ImageToVideoSettings
+from modelscope_i2v.settings.stages import ImageToVideoSettings
 
 
 class Traveller(nn.Linear):

@@ -96,11 +96,8 @@ def test_one_folder_for_both_stages(combined, both, small_model, picture, tmp_pa
 
 
 def test_the_repositorys_configuration_beside_the_weights_is_accepted_as_it_is(combined):
-    from modelscope_i2v.settings.configuration import (
-        ImageToVideoSettings,
-        VideoToVideoSettings,
-        load_settings,
-    )
+    from modelscope_i2v.settings.configuration import load_settings
+    from modelscope_i2v.settings.stages import ImageToVideoSettings, VideoToVideoSettings
 
     shutil.copy(ROOT / "configuration.json", combined / "configuration.json.full")
     folder = combined.parent / "full"

@@ -90,7 +90,7 @@ def _device() -> Iterator[Finding]:
     from ..engine.memory.estimate import choose_low_memory
     from ..engine.precision import precision_name, select_dtype
     from ..models.attention import select_attention
-    from ..settings.configuration import ImageToVideoSettings, VideoToVideoSettings
+    from ..settings.stages import ImageToVideoSettings, VideoToVideoSettings
 
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())

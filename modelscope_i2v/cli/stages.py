@@ -39,9 +39,10 @@ class Stage:
             I2VError: for a model that is not there, or keywords that are not allowed.
         """
         from ..engine.memory.limits import check_limits
-        from ..settings.configuration import SETTINGS_OF_STAGE, load_settings
+        from ..settings.configuration import load_settings
         from ..settings.keywords import check_keywords
         from ..settings.request import Request
+        from ..settings.stages import SETTINGS_OF_STAGE
         from ..weights import find_checkpoint
 
         keywords = check_keywords(self.task, self.keywords)

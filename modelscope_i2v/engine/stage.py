@@ -17,10 +17,11 @@ from ..models.autoencoder import Autoencoder
 from ..models.layers import in_channels_last
 from ..models.unet import UNet
 from ..samplers.velocity import Velocity
-from ..settings.configuration import StageSettings, load_settings
+from ..settings.configuration import load_settings
 from ..settings.keywords import check_keywords
 from ..settings.record import configuration_sha256, record, to_metadata
 from ..settings.request import Request
+from ..settings.stages import StageSettings
 from ..weights import load_weights
 from ..weights.parts import stage_parts
 from .compilation import CompiledBlocks

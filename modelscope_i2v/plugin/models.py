@@ -14,7 +14,7 @@ from ..engine.image_to_video import ImageToVideo
 from ..engine.stage import Stage
 from ..engine.video_to_video import VideoToVideo
 from ..errors import InvalidInputError
-from ..settings.configuration import SETTINGS_OF_STAGE
+from ..settings.stages import SETTINGS_OF_STAGE
 from .preprocessors import PROMPT_KEYS
 from .registration import (
     IMAGE_TO_VIDEO,

@@ -18,11 +18,10 @@ from ..engine.two_stages import describes_second_stage
 from ..errors import ConfigurationError, InvalidInputError
 from ..media.contact_sheet import contact_sheet
 from ..media.files import local_path
-from ..settings.configuration import SETTINGS_OF_STAGE
 from ..settings.keywords import check_keywords, keywords_of, split_keywords
 from ..settings.request import Request
 from ..settings.rules import integer, nearest, optional
-from ..settings.stages import loading_settings
+from ..settings.stages import SETTINGS_OF_STAGE, loading_settings
 from .models import ImageToVideoModel, StageModel, VideoToVideoModel
 from .outputs import Output, resolve_outputs
 from .preprocessors import PROMPT_KEYS, ImageToVideoPreprocessor, VideoToVideoPreprocessor, split_prompts

@@ -26,14 +26,7 @@ from .rules import (
     text,
     unique_keys,
 )
-from .stages import (  # noqa: F401
-    PRECISION_CHOICES,
-    SETTINGS_OF_STAGE,
-    VIDEO_TO_VIDEO,
-    ImageToVideoSettings,
-    StageSettings,
-    VideoToVideoSettings,
-)
+from .stages import SETTINGS_OF_STAGE, VIDEO_TO_VIDEO, StageSettings
 
 logger = logging.getLogger(__name__)
 

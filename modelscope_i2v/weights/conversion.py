@@ -29,15 +29,13 @@ from ..media.files import local_path
 from ..settings.configuration import (
     FILE_NAME,
     SECOND_STAGE_SECTION,
-    SETTINGS_OF_STAGE,
-    StageSettings,
-    VideoToVideoSettings,
     load_settings,
     read_configuration,
     section_of,
     stages_in,
 )
 from ..settings.rules import choice
+from ..settings.stages import SETTINGS_OF_STAGE, StageSettings, VideoToVideoSettings
 from .loading import PRECISIONS, check_weights, open_checkpoint
 from .parts import Part, stage_parts
 

@@ -12,7 +12,7 @@ from ..models.attention import AttentionFunction, sdpa_attention
 from ..models.autoencoder import Autoencoder
 from ..models.clip import ClipImageEncoder, ClipTextEncoder
 from ..models.unet import UNet
-from ..settings.configuration import StageSettings
+from ..settings.stages import StageSettings
 from . import find_checkpoint
 
 

@@ -22,7 +22,8 @@ from torch import nn
 from ..models.autoencoder import Autoencoder, AutoencoderConfig
 from ..models.clip import ClipConfig, build_clip
 from ..models.unet import UNet, UNetConfig
-from ..settings.configuration import FILE_NAME, ImageToVideoSettings, VideoToVideoSettings
+from ..settings.configuration import FILE_NAME
+from ..settings.stages import ImageToVideoSettings, VideoToVideoSettings
 
 #: Where each stage's folder stands in a small model's folder: as its id on the hub.
 IMAGE_TO_VIDEO_ID = "damo/Image-to-Video"

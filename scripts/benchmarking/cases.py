@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from modelscope_i2v.models.autoencoder import Autoencoder
 from modelscope_i2v.models.clip import build_clip
 from modelscope_i2v.models.unet import UNet
-from modelscope_i2v.settings.configuration import StageSettings, load_settings
+from modelscope_i2v.settings.configuration import load_settings
+from modelscope_i2v.settings.stages import StageSettings
 from modelscope_i2v.weights.small_model import random_state_dict
 
 TASKS = {1: "image-to-video", 2: "video-to-video"}

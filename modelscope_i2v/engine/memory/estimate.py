@@ -11,7 +11,7 @@ from ...models.autoencoder import Autoencoder
 from ...models.clip import ClipImageEncoder, ClipTextEncoder
 from ...models.transformers import EXPANSION
 from ...models.unet import UNet
-from ...settings.configuration import StageSettings
+from ...settings.stages import StageSettings
 
 logger = logging.getLogger(__name__)
 

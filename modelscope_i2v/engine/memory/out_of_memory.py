@@ -10,8 +10,8 @@ from typing import Callable, Iterable, Iterator, TypeVar
 import torch
 
 from ...errors import NotEnoughMemoryError, is_out_of_memory
-from ...settings.configuration import StageSettings
 from ...settings.request import Request
+from ...settings.stages import StageSettings
 from ..precision import precision_name, select_dtype
 from .estimate import estimate_memory, in_gigabytes
 

@@ -20,8 +20,10 @@ from conftest import TINY_SETTINGS
 
 from modelscope_i2v import __version__, cli
 from modelscope_i2v.cli import demo_model, main
-from modelscope_i2v.cli.stages import Stage
+from modelscope_i2v.cli.stages import StageRun
 from modelscope_i2v.engine.precision import precision_name, select_dtype
+from modelscope_i2v.engine.progress import Progress
+from modelscope_i2v.engine.stage import Stage
 from modelscope_i2v.media.images import open_image
 from modelscope_i2v.media.video import read_video, write_video
 from modelscope_i2v.settings.stages import PRECISION_CHOICES, call_settings
@@ -117,9 +119,8 @@ def test_every_keyword_of_a_call_has_a_flag(capsys):
 
 def test_flags_reach_the_stage_that_they_are_for(monkeypatch, capsys, small_model, model, picture):
     made = []
-    monkeypatch.setattr(Stage, "run", lambda self, *args: made.append(self.keywords))
-    monkeypatch.setattr(Stage, "build", lambda self, debug: self)
-    monkeypatch.setattr(Stage, "generate", lambda self, *_, **kw: made.append(kw), raising=False)
+    monkeypatch.setattr(StageRun, "run", lambda self, *args: made.append(self.keywords))
+    monkeypatch.setattr(StageRun, "load", lambda self: lambda *_, **keywords: made.append(keywords))
     one = "--noise-strength 0.5 --guidance-interval 5-800 --chunk-size 3 --overlap-size 1 --reuse-interval 2"
     two = "--text a --positive-prompt b --negative-prompt c --total-noise-levels 5 --solver-mode normal"
     two += " --guide-rescale 0.5 --refine-frames 3 --refine-guide-scale 2 --refine-guidance-interval 1-2"
@@ -213,11 +214,11 @@ def test_generate_passes_every_option_on(model, picture, capsys):
 
 def test_generate_two_stages(small_model, model, picture, capsys, monkeypatch):
     prompts = []
-    from modelscope_i2v.plugin.models import VideoToVideoModel
+    from modelscope_i2v.models.clip import ClipTextEncoder
 
-    encode = VideoToVideoModel.encode_text
+    encode = ClipTextEncoder.forward
     monkeypatch.setattr(
-        VideoToVideoModel, "encode_text", lambda self, text: prompts.append(text) or encode(self, text)
+        ClipTextEncoder, "forward", lambda self, text: prompts.append(text) or encode(self, text)
     )
     options = ["--refine", str(small_model[1]), "--text", "a red boat", "--refine-steps", "3", "--fps", "10"]
     options += ["--refine-size", "136x96", "--keep-first", "first.mp4", "--seed", "7"]
@@ -377,11 +378,14 @@ def test_models_of_the_hub(picture, capsys, monkeypatch, small_model, nothing_is
 def test_a_run_that_is_broken_off_leaves_nothing(
     error, code, words, small_model, model, picture, capsys, monkeypatch, in_an_empty_folder
 ):
-    def sample(*args):
-        raise error
+    def decode(self, latents, request, *args, **kwargs):
+        if self.name == "image-to-video":
+            return decode_latents(self, latents, request, *args, **kwargs)
+        with self._phase("denoising", Progress(), request, 1, self.unet):
+            raise error
 
-    # In stage two: stage one's video is in a temporary folder by then, which the fixture checks.
-    monkeypatch.setattr("modelscope_i2v.plugin.models.VideoToVideoModel._sample", sample)
+    decode_latents = Stage.decode
+    monkeypatch.setattr(Stage, "decode", decode)
     assert main(["generate", str(picture), "-o", "out.mp4", *model, "--refine", str(small_model[1])]) == code
     captured = capsys.readouterr()
     assert captured.err.endswith(words) or words in captured.err
@@ -632,7 +636,7 @@ def test_doctor_finds_nothing_wrong_with_a_complete_model(small_model, capsys, i
         precision_name(select_dtype("auto", torch.device("cpu"))),
         "sdpa_attention",
         "non_ema_0035000.pth",
-        "weights of the generator",
+        "weights of the unet",
     ):
         assert words in shown
     assert "-> download" not in shown

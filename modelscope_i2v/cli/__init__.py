@@ -6,6 +6,7 @@ What is slow to import (torch, ModelScope) is imported by the commands that need
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import sys
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # --help, --version and argparse's own errors
         return int(stop.code or 0)
+    if arguments.debug:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     try:
         arguments.run(arguments)
         return 0

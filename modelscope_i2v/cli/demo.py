@@ -11,7 +11,7 @@ from .stages import (
     HUB_ID_IMAGE_TO_VIDEO,
     HUB_ID_VIDEO_TO_VIDEO,
     REVISION,
-    Stage,
+    StageRun,
     check_device,
     let_waiting_threads_sleep,
 )
@@ -63,16 +63,15 @@ def _demo(arguments: argparse.Namespace) -> None:
     settings = without_none(device=arguments.device)
     keywords = values_of(arguments, [SEED, PROGRESS])
     stages = [
-        Stage(task, str(folder), settings, keywords)
+        StageRun(task, str(folder), settings, keywords)
         for task, folder in zip(("image-to-video", "video-to-video"), folders)
     ]
     for stage in stages:
         stage.check()
-    echo("Loading ModelScope")
     echo(f"Stage one, image to video, of {source}")
-    stages[0].run(image, first, arguments.debug)
+    video = stages[0].run(image, first)
     echo("Stage two, video to video, of stage one's")
-    stages[1].run({"video_path": first}, second, arguments.debug)
+    stages[1].run(video, second)
     echo(f"\n{_ABOUT_THE_WEIGHTS}")
 
 

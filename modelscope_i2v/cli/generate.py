@@ -17,7 +17,7 @@ from .flags import (
     second_stage_flags,
     values_of,
 )
-from .stages import HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO, Stage, download, quiet, release_memory
+from .stages import HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO, StageRun, release_memory
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +41,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     from ..media.images import open_image
-    from ..media.video import check_writable, write_video
+    from ..media.video import check_writable
 
     check_writable(arguments.output)
     if arguments.keep_first is not None:
@@ -55,16 +55,15 @@ def _generate(arguments: argparse.Namespace) -> None:
     for stage in stages:
         stage.check()
     # Both models before the first is run: downloads fail more often than anything else.
-    stages = [_downloaded(stage, arguments.debug) for stage in stages]
+    stages = [stage.downloaded() for stage in stages]
     if len(stages) == 1:
-        stages[0].run(image, arguments.output, arguments.debug)
+        stages[0].run(image, arguments.output)
         return
-    with quiet(arguments.debug):
-        video = stages[0].build(arguments.debug).generate(image, **stages[0].keywords)
+    video = stages[0].load()(image, **stages[0].keywords)
     if arguments.keep_first is not None:
-        echo(write_video(video.frames, arguments.keep_first, video.fps, video.metadata))
+        echo(video.save(arguments.keep_first))
     release_memory()
-    stages[1].run({"video_path": video}, arguments.output, arguments.debug)
+    stages[1].run(video, arguments.output)
 
 
 def _keywords_like(path: str | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
@@ -93,14 +92,14 @@ def _check_refine_arguments(arguments: argparse.Namespace) -> None:
 
 def _stages(
     arguments: argparse.Namespace, first_like: dict[str, Any], second_like: dict[str, Any]
-) -> list[Stage]:
+) -> list[StageRun]:
     """Return the stages to run; what the arguments say goes before what another video was made with."""
     settings = loading_values(arguments)
     model = os.path.expanduser(arguments.model)
     keywords = values_of(arguments, first_stage_flags())
     if arguments.refine is None:
         return [
-            Stage(
+            StageRun(
                 "image-to-video",
                 model,
                 settings,
@@ -113,8 +112,8 @@ def _stages(
     first, second = split_keywords({**keywords, **second})
     refine = os.path.expanduser(arguments.refine) or _default_refine_model(model)
     return [
-        Stage("image-to-video", model, settings, {**first_like, **first}),
-        Stage("video-to-video", refine, settings, {**second_like, **second}),
+        StageRun("image-to-video", model, settings, {**first_like, **first}),
+        StageRun("video-to-video", refine, settings, {**second_like, **second}),
     ]
 
 
@@ -124,15 +123,6 @@ def _default_refine_model(model: str) -> str:
     if os.path.isdir(model) and "video-to-video" in stages_in(read_configuration(model)):
         return model
     return HUB_ID_VIDEO_TO_VIDEO
-
-
-def _downloaded(stage: Stage, debug: bool) -> Stage:
-    """The stage with its model in a folder, which was checked."""
-    if os.path.exists(stage.model):
-        return stage
-    stage = Stage(stage.task, download(stage.model, debug), stage.settings, stage.keywords)
-    stage.check()
-    return stage
 
 
 GENERATE = Command(

@@ -8,7 +8,7 @@ import os
 from ..settings.stages import Setting
 from .command import Command, echo
 from .flags import SEED, add_flags, add_loading_flags, first_stage_flags, loading_values, values_of
-from .stages import HUB_ID_IMAGE_TO_VIDEO, Stage, download, quiet
+from .stages import HUB_ID_IMAGE_TO_VIDEO, StageRun
 
 
 def _add_preview_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _preview(arguments: argparse.Namespace) -> None:
+    from ..engine.previews import generate_previews
     from ..media.images import open_image
     from ..settings.keywords import check_keywords
 
@@ -41,13 +42,10 @@ def _preview(arguments: argparse.Namespace) -> None:
     image = open_image(arguments.image)
     keywords = values_of(arguments, _flags())
     settings = loading_values(arguments)
-    stage = Stage("image-to-video", os.path.expanduser(arguments.model), settings, keywords)
-    stage.check()
-    if not os.path.exists(stage.model):
-        stage = Stage(stage.task, download(stage.model, arguments.debug), settings, keywords)
-        stage.check()
-    with quiet(arguments.debug):
-        stage.build(arguments.debug).preview(image, arguments.seeds, arguments.output, **keywords)
+    run = StageRun("image-to-video", os.path.expanduser(arguments.model), settings, keywords)
+    run.check()
+    stage = run.downloaded().load()
+    generate_previews(stage, image, arguments.seeds, arguments.output, **keywords)
     echo(f"{os.path.join(arguments.output, 'contact_sheet.png')}: {len(arguments.seeds)} videos beside it")
 
 

@@ -1,19 +1,22 @@
-"""Running a stage through ModelScope's own call, checked before its weights are loaded."""
+"""Running a stage: checked before its weights are loaded, and downloaded where it is not here."""
 
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import re
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Mapping
 
 from ..errors import InvalidInputError, MissingFileError
 from .command import echo
+
+if TYPE_CHECKING:
+    from ..engine.generated import GeneratedVideo
+    from ..engine.image_to_video import ImageToVideo
+    from ..engine.video_to_video import VideoToVideo
 
 #: The published models: their ids on ModelScope's hub, and the version that this package is for.
 HUB_ID_IMAGE_TO_VIDEO = "damo/Image-to-Video"
@@ -24,10 +27,10 @@ _CHECKPOINTS = ("ckpt_clip", "ckpt_unet", "ckpt_autoencoder")
 
 
 @dataclass(frozen=True)
-class Stage:
-    """A stage to run: the task, the model, what the pipeline is built with and what it is called with."""
+class StageRun:
+    """A stage to run: its model, the settings that it is loaded with and the keywords of the call."""
 
-    task: str
+    stage: str
     model: str
     settings: Mapping[str, Any]
     keywords: Mapping[str, Any]
@@ -45,7 +48,7 @@ class Stage:
         from ..settings.stages import SETTINGS_OF_STAGE
         from ..weights import find_checkpoint
 
-        keywords = check_keywords(self.task, self.keywords)
+        keywords = check_keywords(self.stage, self.keywords)
         check_device(self.settings.get("device"))
         overrides = {name: value for name, value in self.settings.items() if name != "device"}
         if not os.path.exists(self.model):
@@ -53,39 +56,47 @@ class Stage:
                 raise MissingFileError(
                     f"there is no folder {self.model!r}, nor is it an id on the hub, which is owner/name"
                 )
-            settings = SETTINGS_OF_STAGE[self.task](**overrides)
+            settings = SETTINGS_OF_STAGE[self.stage](**overrides)
             check_limits(settings, Request.resolve(settings, keywords))
             return
-        settings = load_settings(self.model, self.task, overrides)
+        settings = load_settings(self.model, self.stage, overrides)
         check_limits(settings, Request.resolve(settings, keywords))
         for name in _CHECKPOINTS:
             find_checkpoint(self.model, getattr(settings, name))
 
-    def build(self, debug: bool = False) -> Any:
-        """The pipeline, through ModelScope's own call."""
-        from modelscope.pipelines import pipeline
+    def downloaded(self) -> StageRun:
+        """Return this run with its model in a folder, checked."""
+        if os.path.exists(self.model):
+            return self
+        run = replace(self, model=download(self.model))
+        run.check()
+        return run
 
-        with quiet(debug):
-            return pipeline(self.task, model=self.model, **self.settings)
+    def load(self) -> ImageToVideo | VideoToVideo:
+        """Load the engine's stage."""
+        from ..engine.image_to_video import ImageToVideo
+        from ..engine.video_to_video import VideoToVideo
 
-    def run(self, source: Any, output: str, debug: bool = False) -> None:
+        return {each.name: each for each in (ImageToVideo, VideoToVideo)}[self.stage].load(
+            self.model, **self.settings
+        )
+
+    def run(self, source: Any, output: str) -> GeneratedVideo:
         """Make the video ``output`` of an image or a video, and say what it is."""
-        from modelscope.outputs import OutputKeys
-
-        from ..media.video import read_video
-
         start = time.monotonic()
-        with quiet(debug):
-            result = self.build(debug)(source, output_video=output, **self.keywords)
-        path, seed = result[OutputKeys.OUTPUT_VIDEO], result["seed"]
-        video = read_video(path)
+        video = self.load()(source, **self.keywords)
+        path = video.save(output)
         count, height, width, _ = video.frames.shape
-        took = time.monotonic() - start
-        echo(f"{path}: {count} frames of {width}x{height} at {video.fps:g} fps, seed {seed} ({took:.0f} s)")
+        seconds = time.monotonic() - start
+        echo(
+            f"{path}: {count} frames of {width}x{height} at {video.fps:g} fps, "
+            f"seed {video.record['seed']} ({seconds:.0f} s)"
+        )
+        return video
 
 
 def check_device(device: str | None) -> None:
-    """Refuse what ModelScope cannot use, or would silently replace by the CPU."""
+    """Refuse a device that is not here, before anything is loaded."""
     if device is None:
         return
     import torch
@@ -102,10 +113,8 @@ def _is_hub_id(model: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) is not None
 
 
-def download(model: str, debug: bool = False) -> str:
-    """The folder of a model given by its id on the hub; of one given by its folder, that."""
-    if os.path.exists(model):
-        return model
+def download(model: str) -> str:
+    """Return the folder of a model given by its id on the hub, downloaded if it is not here."""
     from modelscope.hub.snapshot_download import snapshot_download
 
     revision = REVISION if model in (HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO) else None
@@ -134,22 +143,3 @@ def let_waiting_threads_sleep() -> None:
     """
     if "torch" not in sys.modules:  # which reads the variable when it is loaded
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-@contextmanager
-def quiet(debug: bool) -> Iterator[None]:
-    """Without ModelScope's information lines, unless they are asked for."""
-    if debug or "MODELSCOPE_LOG_LEVEL" in os.environ:
-        yield
-        return
-    from modelscope.utils.logger import get_logger
-
-    # Of the handlers: the logger's own level is set again whenever a module asks for the logger.
-    levels = {handler: handler.level for handler in get_logger().handlers}
-    try:
-        for handler in levels:
-            handler.setLevel(logging.WARNING)
-        yield
-    finally:
-        for handler, level in levels.items():
-            handler.setLevel(level)

@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterable
 
-from ..errors import ConfigurationError, InvalidInputError
+from ..errors import ConfigurationError
 from ..settings.configuration import SECOND_STAGE_SECTION, read_configuration
 from ..settings.keywords import split_keywords
 from .generated import GeneratedVideo
 from .image_to_video import ImageToVideo
+from .previews import generate_previews
 from .video_to_video import VideoToVideo
 
 
@@ -51,10 +52,7 @@ class TwoStages:
 
     def preview(self, image: Any, seeds: Iterable[int], **keywords: Any) -> list[GeneratedVideo]:
         """Return stage one's video of each seed, to choose the one to refine."""
-        seeds = list(seeds)
-        if not seeds:
-            raise InvalidInputError("seeds: at least one is needed")
-        return [self.first(image, **{**keywords, "seed": seed}) for seed in seeds]
+        return generate_previews(self.first, image, seeds, **keywords)[0]
 
     def refine(self, video: Any, **keywords: Any) -> GeneratedVideo:
         """Return stage two's video of stage one's, with stage two's keywords."""
@@ -70,7 +68,8 @@ class TwoStages:
                 to stage one.
         """
         first_keywords, second_keywords = split_keywords(keywords)
-        self.second.resolve(second_keywords)  # before any work
+        # Before any work, and without a draw from a generator, which stage one comes first to.
+        self.second.resolve({**second_keywords, "generator": None})
         first = self.first(image, **first_keywords)
         return replace(self.second(first, **second_keywords), first=first)
 

@@ -13,10 +13,10 @@ from modelscope.utils.logger import get_logger
 
 from ..engine.devices import device_of
 from ..engine.generated import GeneratedVideo
+from ..engine.previews import generate_previews
 from ..engine.progress import Progress
 from ..engine.two_stages import describes_second_stage
 from ..errors import ConfigurationError, InvalidInputError
-from ..media.contact_sheet import contact_sheet
 from ..media.files import local_path
 from ..settings.keywords import check_keywords, keywords_of, split_keywords
 from ..settings.request import Request
@@ -120,10 +120,14 @@ class StagePipeline(Pipeline):
     def _check_input(self, input: Any) -> None:
         """Left to the preprocessor, which takes more kinds of input than ModelScope can declare."""
 
-    def _resolve(self, keywords: Mapping[str, Any]) -> tuple[Request, Progress]:
+    def _with_defaults(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a call's keywords over ``chunk_size`` and ``overlap_size`` over the pipeline's own."""
         windows = {"chunk_size": self.chunk_size, "overlap_size": self.overlap_size}
         windows = check_keywords(self.model_class.stage_class.name, windows)  # without those that are None
-        return self.model.stage.resolve({**self._defaults, **windows, **keywords})
+        return {**self._defaults, **windows, **keywords}
+
+    def _resolve(self, keywords: Mapping[str, Any]) -> tuple[Request, Progress]:
+        return self.model.stage.resolve(self._with_defaults(keywords))
 
     def preprocess(self, input: Any, **keywords: Any) -> dict[str, Any]:
         """Return what the model takes for one input, with the call's ``request`` and ``progress``."""
@@ -249,20 +253,13 @@ class ImageToVideoPipeline(StagePipeline):
             ``videos``: the results, one for each seed; ``contact_sheet``: a PIL image of all of them.
         """
         folder = None if output_folder is None else os.path.join(os.getcwd(), local_path(output_folder))
-        seeds = list(seeds)
-        if not seeds:
-            raise InvalidInputError("seeds: at least one is needed")
-        names = [None if folder is None else os.path.join(folder, f"seed_{seed}.mp4") for seed in seeds]
-        outputs = [resolve_outputs([name])[0] for name in names]
-        self._sanitize_parameters(**keywords)  # before the first is generated
-        results, rows = [], []
-        for seed, output in zip(seeds, outputs):
-            video = self.generate(input, **{**keywords, "seed": seed})
-            results.append(self._result(video, output))
-            rows.append((f"seed {seed}", video.frames))
-        sheet = contact_sheet(rows)
-        if folder is not None:
-            sheet.save(os.path.join(folder, "contact_sheet.png"))
+        seeds, stage = list(seeds), self.model.stage
+        videos, sheet = generate_previews(stage, input, seeds, folder, **self._with_defaults(keywords))
+        outputs = [
+            video.to_bytes() if folder is None else os.path.join(folder, f"seed_{seed}.mp4")
+            for seed, video in zip(seeds, videos)
+        ]
+        results = [{OutputKeys.OUTPUT_VIDEO: o, **v.record} for o, v in zip(outputs, videos)]
         return {"videos": results, "contact_sheet": sheet}
 
     def generate(self, input: Any, **keywords: Any) -> GeneratedVideo:

@@ -45,6 +45,8 @@ class DiagonalGaussian:
 
 
 class ResidualBlock(nn.Module):
+    nin_shortcut: StreamConv | nn.Identity
+
     def __init__(self, in_width: int, out_width: int, num_groups: int = 32):
         super().__init__()
         self.norm1 = GroupNormSiLU(in_width, _EPS, num_groups)
@@ -110,16 +112,19 @@ class MiddleBlock(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution; the encoder and decoder attach its down- or upsampling."""
+    """The residual blocks of one resolution, then the down- or upsampling that the network attaches."""
 
     def __init__(self, in_width: int, out_width: int, blocks: int, num_groups: int):
         super().__init__()
         widths = [in_width] + [out_width] * blocks
         self.block = nn.ModuleList([ResidualBlock(a, b, num_groups) for a, b in zip(widths, widths[1:])])
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
+        for layer in (*self.block, self.downsample, self.upsample):
+            if layer is not None:
+                x = layer(x)
         return x
 
 
@@ -130,20 +135,22 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.ch * multiple for multiple in config.ch_mult]
         self.conv_in = StreamConv(config.in_channels, config.ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        for in_width, out_width in zip([config.ch] + widths, widths):
-            self.down.append(Level(in_width, out_width, config.num_res_blocks, config.num_groups))
-        for level in self.down[:-1]:
-            level.downsample = Downsample(level.block[-1].conv2.out_channels)
+        levels = [
+            Level(in_width, out_width, config.num_res_blocks, config.num_groups)
+            for in_width, out_width in zip([config.ch] + widths, widths)
+        ]
+        for level, width in zip(levels[:-1], widths):
+            level.downsample = Downsample(width)
+        self.down = nn.ModuleList(levels)
         self.mid = MiddleBlock(widths[-1], config.num_groups)
         self.norm_out = GroupNormSiLU(widths[-1], _EPS, config.num_groups)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
-        for level in self.down[:-1]:
-            h = level.downsample(level(h))
-        h = self.mid(self.down[-1](h))
+        for level in self.down:
+            h = level(h)
+        h = self.mid(h)
         return self.conv_out(self.norm_out(h))
 
 
@@ -155,20 +162,20 @@ class Decoder(nn.Module):
         widths = [config.ch * multiple for multiple in config.ch_mult]
         self.conv_in = StreamConv(config.z_channels, widths[-1], 3, padding=1)
         self.mid = MiddleBlock(widths[-1], config.num_groups)
-        self.up = nn.ModuleList()  # numbered from the finest level, run from the coarsest
-        for in_width, out_width in zip(widths[1:] + widths[-1:], widths):
-            level = Level(in_width, out_width, config.num_res_blocks + 1, config.num_groups)
-            self.up.append(level)
-        for level in self.up[1:]:
-            level.upsample = Upsample(level.block[-1].conv2.out_channels)
+        levels = [
+            Level(in_width, out_width, config.num_res_blocks + 1, config.num_groups)
+            for in_width, out_width in zip(widths[1:] + widths[-1:], widths)
+        ]
+        for level, width in zip(levels[1:], widths[1:]):
+            level.upsample = Upsample(width)
+        self.up = nn.ModuleList(levels)  # numbered from the finest level, run from the coarsest
         self.norm_out = GroupNormSiLU(widths[0], _EPS, config.num_groups)
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
-        for level in reversed(self.up[1:]):
-            h = level.upsample(level(h))
-        h = self.up[0](h)
+        for level in reversed(self.up):
+            h = level(h)
         return self.conv_out(self.norm_out(h))
 
 

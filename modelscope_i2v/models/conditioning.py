@@ -60,6 +60,7 @@ def in_frame_groups(
                 shape = (len(x), *part.shape[1:])
                 result = torch.empty(shape, dtype=part.dtype, device=part.device, memory_format=layout)
             result[group] = part
+    assert result is not None  # x with no frames has no elements, and was returned above
     return result
 
 

@@ -23,6 +23,8 @@ def stream_dtype(dtype: torch.dtype) -> torch.dtype:
 class StreamConv(nn.Conv2d):
     """A convolution from the residual stream to the residual stream."""
 
+    bias: Tensor  # always made
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 

@@ -93,16 +93,17 @@ class UNet(nn.Module):
                 self.input_blocks.append(Downsample(width, config.row_padding))
                 skips.append(width)
 
-        first, last = (self._residual_block(width, width) for _ in range(2))
-        self.middle_block = LayerList([first, *self._transformers(width, attend), last])
+        before, after = (self._residual_block(width, width) for _ in range(2))
+        self.middle_block = LayerList([before, *self._transformers(width, attend), after])
 
         self.output_blocks = nn.ModuleList()
         for level, level_width in reversed(list(enumerate(widths))):
             for _ in range(config.num_res_blocks + 1):
-                self.output_blocks.append(self._level_block(level, width + skips.pop(), attend))
+                block = self._level_block(level, width + skips.pop(), attend)
+                self.output_blocks.append(block)
                 width = level_width
             if level > 0:
-                self.output_blocks[-1].append(Upsample(width, config.row_padding))
+                block.append(Upsample(width, config.row_padding))
 
         self.out = nn.Sequential(
             GroupNormSiLU(width, num_groups=config.num_groups),
@@ -187,7 +188,9 @@ class UNet(nn.Module):
             if cache is not None and block is self.output_blocks[-1]:
                 cache.features = h
             h = torch.cat([h, repeat_to(skips.pop(), len(h))], dim=1)
-            for layer in block:  # here, so that the wide input is let go once the first layer is done with it
+            for layer in (
+                block.children()
+            ):  # here, so that the wide input is let go once the first layer is done with it
                 h = layer(h, conditioning)
 
         h = self.out(h)[:, :, :height, :width]
@@ -196,7 +199,7 @@ class UNet(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The parameters' type, and so that of what is computed."""
-        return self.out[0].weight.dtype  # a norm's, which no adapter replaces
+        return next(self.out.parameters()).dtype  # a norm's, which no adapter replaces
 
     def _to_stream(self, x: Tensor) -> Tensor:
         """b c f h w -> the residual stream's (b f) c h w, padded to a size that comes back."""

@@ -23,7 +23,7 @@ def silence_branches(network: nn.Module) -> None:
     """Set the last layer of every residual branch to zero: each block starts as the identity."""
     for module in network.modules():
         if isinstance(module, parts.ResidualBlock):
-            last = module.conv2
+            last: nn.Module = module.conv2
         elif isinstance(module, ResidualBlock):
             last = module.out_layers[3]
         elif isinstance(module, TemporalConvolution):
@@ -32,16 +32,19 @@ def silence_branches(network: nn.Module) -> None:
             last = module.proj_out
         else:
             continue
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        _clear(last)
 
 
 @torch.no_grad()
 def start_unet(unet: UNet) -> None:
     """Silent branches, and a prediction of zero."""
     silence_branches(unet)
-    nn.init.zeros_(unet.out[2].weight)
-    nn.init.zeros_(unet.out[2].bias)
+    _clear(unet.out[2])
+
+
+def _clear(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def start_clip(architecture: Mapping[str, Any]) -> open_clip.CLIP:
@@ -70,11 +73,26 @@ def start_as_resampling(autoencoder: Autoencoder, images: Tensor, detail: float 
     _start_decoder(autoencoder)
 
 
+def _bias(conv: nn.Conv2d) -> Tensor:
+    if conv.bias is None:
+        raise ValueError(f"each convolution must have a bias, got {conv}")
+    return conv.bias
+
+
+def _end_blocks(level: nn.Module) -> tuple[nn.Conv2d, parts.ResidualBlock]:
+    """Return the shortcut of a level's first block, which must change the width, and the last block."""
+    blocks = [module for module in level.modules() if isinstance(module, parts.ResidualBlock)]
+    shortcut = blocks[0].nin_shortcut
+    if not isinstance(shortcut, nn.Conv2d):
+        raise ValueError("the last two entries of ch_mult, and the first two, must differ")
+    return shortcut, blocks[-1]
+
+
 def _identity(conv: nn.Conv2d, channels: int) -> None:
     """Pass the first channels through, whatever the kernel's size, and mix nothing else into them."""
     centre = conv.kernel_size[0] // 2
     conv.weight[:channels] = 0
-    conv.bias[:channels] = 0
+    _bias(conv)[:channels] = 0
     for channel in range(channels):
         conv.weight[channel, channel, centre, centre] = 1
 
@@ -98,10 +116,11 @@ def _linear_end(
     """
     size = norm.num_channels // norm.num_groups
     shortcut.weight[count : 2 * count] = -shortcut.weight[:count]
-    shortcut.bias[count : 2 * count] = -shortcut.bias[:count]
+    bias = _bias(shortcut)
+    bias[count : 2 * count] = -bias[:count]
     shortcut.weight[2 * count : size] = 0
-    shortcut.bias[2 * count : size] = 0
-    block.conv2.bias[size - 2 : size] = torch.tensor([_REFERENCE, -_REFERENCE])
+    bias[2 * count : size] = 0
+    _bias(block.conv2)[size - 2 : size] = torch.tensor([_REFERENCE, -_REFERENCE])
     norm.weight[:size] = _REFERENCE * math.sqrt(2 / size)
     norm.weight[size - 2 : size] = 0
     rest = norm.num_channels - 2 * count
@@ -113,13 +132,12 @@ def _start_encoder(autoencoder: Autoencoder, images: Tensor, detail: float) -> N
     most = encoder.norm_out.num_channels // encoder.norm_out.num_groups // 2 - 1
     kept = 3
     _identity(encoder.conv_in, 3)
-    for level in encoder.down:
-        for block in level.block:
-            if isinstance(block.nin_shortcut, nn.Conv2d):
-                _identity(block.nin_shortcut, kept)
-        if hasattr(level, "downsample"):
-            kept = _pool(level.downsample.conv, kept, most)
-    shortcut = encoder.down[-1].block[0].nin_shortcut
+    for module in encoder.down.modules():  # from the images down
+        if isinstance(module, parts.ResidualBlock) and isinstance(module.nin_shortcut, nn.Conv2d):
+            _identity(module.nin_shortcut, kept)
+        elif isinstance(module, parts.Downsample):
+            kept = _pool(module.conv, kept, most)
+    shortcut, _ = _end_blocks(encoder.down[-1])
     widened = _linear_end(encoder.norm_out, shortcut, encoder.mid.block_2, kept)
 
     samples = []
@@ -130,12 +148,11 @@ def _start_encoder(autoencoder: Autoencoder, images: Tensor, detail: float) -> N
     whitening = _whitening(features[:3], 3), detail * _whitening(features[3:], latents - 3)
     projection = torch.block_diag(*whitening) / SCALE_FACTOR
     conv, quant = encoder.conv_out, autoencoder.quant_conv
-    nn.init.zeros_(conv.weight)
-    nn.init.zeros_(conv.bias)
+    _clear(conv)
     conv.weight[:latents, :, 1, 1] = widened(projection)
-    conv.bias[:latents] = -projection @ features.mean(1)
+    _bias(conv)[:latents] = -projection @ features.mean(1)
     _identity(quant, 2 * latents)
-    quant.bias[latents:] = -6.0 - 2 * math.log(SCALE_FACTOR)  # the log-variance
+    _bias(quant)[latents:] = -6.0 - 2 * math.log(SCALE_FACTOR)  # the log-variance
 
 
 def _pool(conv: nn.Conv2d, channels: int, most: int) -> int:
@@ -143,7 +160,7 @@ def _pool(conv: nn.Conv2d, channels: int, most: int) -> int:
 
     Returns how many channels it fills: at most ``most``.
     """
-    conv.weight[:], conv.bias[:] = 0, 0
+    _clear(conv)
     average = torch.full((2, 2), 0.25)
     down, across = torch.tensor([[1, 1], [-1, -1]]) / 4, torch.tensor([[1, -1], [1, -1]]) / 4
     for channel in range(channels):
@@ -173,19 +190,18 @@ def _start_decoder(autoencoder: Autoencoder) -> None:
     _identity(decoder.conv_in, latents)
     decoder.conv_in.weight[:3] = 0
     decoder.conv_in.weight[:3, :3, 1, 1] = inverse
-    decoder.conv_in.bias[:3] = -inverse @ forward.bias[:3] * SCALE_FACTOR
+    decoder.conv_in.bias[:3] = -inverse @ _bias(forward)[:3] * SCALE_FACTOR
     kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
-    for level in list(decoder.up)[::-1]:
-        for block in level.block:
-            if isinstance(block.nin_shortcut, nn.Conv2d):
-                _identity(block.nin_shortcut, min(latents, block.nin_shortcut.out_channels))
-        if hasattr(level, "upsample"):
-            conv = level.upsample.conv
+    for module in decoder.up.modules():
+        if isinstance(module, parts.ResidualBlock) and isinstance(module.nin_shortcut, nn.Conv2d):
+            _identity(module.nin_shortcut, min(latents, module.nin_shortcut.out_channels))
+        elif isinstance(module, parts.Upsample):
+            conv = module.conv
             conv.weight[:latents], conv.bias[:latents] = 0, 0
             for channel in range(latents):
                 conv.weight[channel, channel] = torch.outer(kernel, kernel)
-    first, *_, last = decoder.up[0].block
-    widened = _linear_end(decoder.norm_out, first.nin_shortcut, last, 3)
+    shortcut, last = _end_blocks(decoder.up[0])
+    widened = _linear_end(decoder.norm_out, shortcut, last, 3)
     decoder.conv_out.weight[:] = 0
     decoder.conv_out.weight[:, :, 1, 1] = widened(torch.eye(3))
-    decoder.conv_out.bias[:] = 0
+    _bias(decoder.conv_out)[:] = 0

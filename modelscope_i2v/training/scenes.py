@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Callable, Iterable
 
 import numpy as np
 
@@ -211,7 +212,7 @@ class _Canvas:
 class _Distance:
     """A shape: its signed distance, and the box (left, top, right, bottom) outside of which it is not."""
 
-    function: object
+    function: Callable[[np.ndarray, np.ndarray], np.ndarray]
     box: tuple[float, float, float, float]
 
 
@@ -321,7 +322,7 @@ def _boat(body, dark, pale):
 _OBJECTS = {"ball": _ball, "balloon": _balloon, "car": _car, "boat": _boat}
 
 
-def _pick(options, u: float) -> str:
+def _pick(options: Iterable[str], u: float) -> str:
     names = list(options)
     return names[min(int(u * len(names)), len(names) - 1)]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Generic, Mapping, TypeVar
 
 import numpy as np
 import open_clip
@@ -32,7 +32,7 @@ SIZE, LARGE_SIZE = (80, 48), (160, 96)  # of stage one and stage two
 PICTURE_SIZE = (160, 96)
 FRAMES, FPS = 8, 8
 LATENTS = 8
-AUTOENCODER = {
+AUTOENCODER: dict[str, Any] = {
     "ch": 16, "ch_mult": [1, 2, 4], "num_res_blocks": 1, "z_channels": LATENTS, "num_groups": 2,
 }  # fmt: skip
 CLIP: dict[str, Any] = {
@@ -68,10 +68,13 @@ def psnr(images: Tensor, target: Tensor) -> float:
     return (10 * torch.log10(4 / errors)).mean().item()
 
 
-class Phase:
+Network = TypeVar("Network", bound=nn.Module)
+
+
+class Phase(Generic[Network]):
     """One network to train, its loss, and figures on scenes that it is not trained on."""
 
-    network: nn.Module
+    network: Network
     steps: int
     rate: float
     rate_factors: Mapping[str, float] = {}
@@ -80,14 +83,14 @@ class Phase:
     def loss(self, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, float]]:
         raise NotImplementedError
 
-    def evaluate(self, network: nn.Module) -> dict[str, float]:
+    def evaluate(self, network: Network) -> dict[str, float]:
         return {}
 
-    def save(self, network: nn.Module) -> None:
+    def save(self, network: Network) -> None:
         raise NotImplementedError
 
 
-class AutoencoderPhase(Phase):
+class AutoencoderPhase(Phase[Autoencoder]):
     """Whole small frames, and parts of large ones, in and out."""
 
     steps, rate, average_decay = 1200, 4e-4, 0.99
@@ -125,7 +128,7 @@ class AutoencoderPhase(Phase):
         return error + 1e-4 * spread + 1e-6 * noise, {"error": error.item(), "spread": spread.item()}
 
     @torch.no_grad()
-    def evaluate(self, network: nn.Module) -> dict[str, float]:
+    def evaluate(self, network: Autoencoder) -> dict[str, float]:
         figures = {}
         for name, images in (("small", self._small), ("large", self._large)):
             latents = network.encode(images).mode()
@@ -133,7 +136,7 @@ class AutoencoderPhase(Phase):
         deviations = (latents * SCALE_FACTOR).transpose(0, 1).flatten(1).std(1)
         return {**figures, "widest": deviations.max().item(), "narrowest": deviations.min().item()}
 
-    def save(self, network: nn.Module) -> None:
+    def save(self, network: Autoencoder) -> None:
         torch.save(network.state_dict(), self.folder / "autoencoder.pt")
 
 
@@ -192,7 +195,7 @@ class Tower(nn.Module):
         return self.visual(pictures)
 
 
-class TowerPhase(Phase):
+class TowerPhase(Phase[Tower]):
     """What the picture shows: small first and last frames, the object's colour, kind and place."""
 
     steps, rate = 600, 1e-3
@@ -214,7 +217,7 @@ class TowerPhase(Phase):
         names = torch.tensor([colours.index(scene.colour), kinds.index(scene.kind)])
         return picture_of(scene), to_tensor(np.stack(frames)).half(), names, torch.tensor([scene.x, scene.y])
 
-    def _errors(self, network: nn.Module, index: Tensor) -> dict[str, Tensor]:
+    def _errors(self, network: Tower, index: Tensor) -> dict[str, Tensor]:
         pictures, frames, names, places = (each[index] for each in self._data)
         embedding = network(pictures.float())
         return {
@@ -230,11 +233,11 @@ class TowerPhase(Phase):
         return loss, {name: error.item() for name, error in errors.items()}
 
     @torch.no_grad()
-    def evaluate(self, network: nn.Module) -> dict[str, float]:
+    def evaluate(self, network: Tower) -> dict[str, float]:
         errors = self._errors(network, torch.arange(self.count, self.count + self.tests))
         return {f"test_{name}": error.item() for name, error in errors.items()}
 
-    def save(self, network: nn.Module) -> None:
+    def save(self, network: Tower) -> None:
         torch.save(network.visual.state_dict(), self.folder / "tower.pt")
 
 
@@ -248,7 +251,7 @@ class FirstStage(nn.Module):
         start_unet(self.unet)
 
 
-class ImageToVideoPhase(Phase):
+class ImageToVideoPhase(Phase[FirstStage]):
     """The velocity of a clip's latents, from its first frame's embedding."""
 
     steps, rate = 1500, 1.2e-3
@@ -272,10 +275,11 @@ class ImageToVideoPhase(Phase):
         shards = list(self._shards.values())
         picks = torch.randint(sum(len(shard["pictures"]) for shard in shards), (count,), generator=generator)
         size = len(shards[0]["pictures"])
-        return tuple(
+        latents, pictures = (
             torch.stack([shards[pick // size][name][pick % size] for pick in picks.tolist()]).float()
             for name in ("latents", "pictures")
         )
+        return latents, pictures
 
     def _timesteps(self, count: int, generator: torch.Generator) -> Tensor:
         """The first of sampling more often than not: it decides the layout, and there is little to see."""
@@ -301,7 +305,7 @@ class ImageToVideoPhase(Phase):
         loss = (errors.square().mean((0, 2, 3, 4)) * CHANNEL_WEIGHTS).mean()
         return loss, {"images" if images else "videos": loss.item()}
 
-    def save(self, network: nn.Module) -> None:
+    def save(self, network: FirstStage) -> None:
         torch.save(network.unet.state_dict(), self.folder / "image_to_video.pt")
         torch.save(network.visual.state_dict(), self.folder / "tower_joint.pt")
 
@@ -355,7 +359,7 @@ class SecondStage(nn.Module):
             self.unet.load_state_dict(fitting, strict=False)
 
 
-class VideoToVideoPhase(Phase):
+class VideoToVideoPhase(Phase[SecondStage]):
     """The velocity from enlarged, noised latents to the true ones.
 
     The sampler starts from an enlarged clip and comes to its own predictions: so the noised latents lie
@@ -405,7 +409,7 @@ class VideoToVideoPhase(Phase):
         loss = (errors / sigma.flatten().square()).mean()
         return loss, {"x0": errors.mean().item(), "enlarged": (enlarged - x0).square().mean().item()}
 
-    def save(self, network: nn.Module) -> None:
+    def save(self, network: SecondStage) -> None:
         torch.save(network.unet.state_dict(), self.folder / "video_to_video.pt")
         torch.save(network.text.model.state_dict(), self.folder / "text_tower.pt")
 

@@ -196,7 +196,8 @@ def _encode(
     shown: str,
 ) -> None:
     """Encode into ``file``. What ``frames`` raises passes; all else is an OutputError."""
-    even = tuple(side + side % 2 for side in size)
+    width, height = size
+    even = (width + width % 2, height + height % 2)
     if even != size:
         logger.info("%dx%d frames become %dx%d: H.264 in yuv420p needs even sizes", *size, *even)
     with _encoder_errors(shown):

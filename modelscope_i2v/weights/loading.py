@@ -13,8 +13,9 @@ import difflib
 import os
 from collections.abc import Mapping
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Callable, Collection, Iterator, Union
+from typing import Callable, Collection, Iterator, Union
 
 import torch
 from torch import nn
@@ -93,7 +94,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
     file; the tensors that were read do not need it.
     """
 
-    def __init__(self, path: Path, file: BinaryIO, contents: Contents, prefix: str) -> None:
+    def __init__(self, path: Path, file: BufferedReader, contents: Contents, prefix: str) -> None:
         self.path = path
         self._prefix = prefix
         self._file = file
@@ -161,7 +162,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
         finite = True
         for piece in data.split(_PIECE):
             source = piece if direct else buffer[: len(piece)]
-            memory = memoryview(source.view(torch.uint8).numpy())
+            memory = source.view(torch.uint8).numpy().data
             if self._file.readinto(memory) != len(memory):
                 raise CheckpointError("it is cut short: it ends amid a tensor; download it again")
             if not direct:

@@ -252,13 +252,13 @@ def _check_opcodes(data: bytes) -> None:
         if name not in _OPCODES or count == MAX_OPCODES:
             fault = f"more than {count:,} opcodes" if name in _OPCODES else f"the opcode {name}"
             raise CheckpointError(f"its pickle holds {fault}, which no checkpoint needs")
+        index = len(memo) if argument is None else argument
         if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            index = len(memo) if argument is None else argument
             if index > len(data):  # the unpickler's memo is a list
                 raise CheckpointError("its pickle keeps a value under a number that is far too large")
             memo[index] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[argument])
+            stack.append(memo[index])
         elif name == "MARK":
             marks.append(len(stack))
         else:

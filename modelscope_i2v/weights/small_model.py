@@ -23,18 +23,21 @@ from ..models.autoencoder import Autoencoder, AutoencoderConfig
 from ..models.clip import ClipConfig, build_clip
 from ..models.unet import UNet, UNetConfig
 from ..settings.configuration import FILE_NAME
-from ..settings.stages import ImageToVideoSettings, VideoToVideoSettings
+from ..settings.stages import ImageToVideoSettings, StageSettings, VideoToVideoSettings
 
 #: Where each stage's folder stands in a small model's folder: as its id on the hub.
 IMAGE_TO_VIDEO_ID = "damo/Image-to-Video"
 VIDEO_TO_VIDEO_ID = "damo/Video-to-Video"
 
 _WIDTH = 64  # of CLIP's embedding, and so of the context
-_UNET = {
+_UNET: dict[str, Any] = {
     "dim": 32, "y_dim": _WIDTH, "context_dim": _WIDTH, "dim_mult": [1, 2, 2, 2], "num_heads": 4,
     "head_dim": 16, "num_res_blocks": 1,
 }  # fmt: skip
-_AUTOENCODER = {"ddconfig": {"ch": 32, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1}, "embed_dim": 4}
+_AUTOENCODER: dict[str, Any] = {
+    "ddconfig": {"ch": 32, "ch_mult": [1, 1, 2, 2], "num_res_blocks": 1},
+    "embed_dim": 4,
+}
 _CLIP = {
     "embed_dim": _WIDTH,
     "vision_cfg": {"image_size": 224, "layers": 2, "width": 64, "head_width": 32, "patch_size": 32},
@@ -85,7 +88,7 @@ def make_small_model(
         The folders of stage one and stage two.
     """
     folders = Path(folder) / IMAGE_TO_VIDEO_ID, Path(folder) / VIDEO_TO_VIDEO_ID
-    stages = (ImageToVideoSettings, VideoToVideoSettings)
+    stages: tuple[type[StageSettings], ...] = (ImageToVideoSettings, VideoToVideoSettings)
     for path, stage_settings in zip(folders, stages):
         path.mkdir(parents=True, exist_ok=True)
         given = {**SMALL_SETTINGS[stage_settings.stage], **(settings or {}).get(stage_settings.stage, {})}
@@ -101,7 +104,7 @@ def make_small_model(
     return folders
 
 
-def _configuration(stage: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _configuration(stage: type[StageSettings], settings: Mapping[str, Any]) -> dict[str, Any]:
     pipelines = {
         "image-to-video": "image-to-video-task-pipeline",
         "video-to-video": "video-to-video-pipeline",
@@ -124,9 +127,13 @@ def _configuration(stage: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _write_unet(path: Path, stage: type, seed: int) -> None:
-    architecture = {name: tuple(value) if isinstance(value, list) else value for name, value in _UNET.items()}
-    differences = {} if stage is ImageToVideoSettings else {"image_conditioned": False, "row_padding": 2}
+def _write_unet(path: Path, stage: type[StageSettings], seed: int) -> None:
+    architecture: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in _UNET.items()
+    }
+    differences: dict[str, Any] = (
+        {} if stage is ImageToVideoSettings else {"image_conditioned": False, "row_padding": 2}
+    )
     with torch.device("meta"):
         unet = UNet(UNetConfig(**architecture, **differences))
     torch.save({"state_dict": random_state_dict(unet, seed)}, path)
@@ -162,7 +169,7 @@ def _lightning_callback() -> Iterator[Callable]:
     callback = type("ModelCheckpoint", (), {"__module__": name})
     try:
         sys.modules.update({part: types.ModuleType(part) for part in parts})
-        sys.modules[name].ModelCheckpoint = callback
+        vars(sys.modules[name])["ModelCheckpoint"] = callback
         yield callback
     finally:
         for part, module in replaced.items():

@@ -46,6 +46,10 @@ class NotEnoughMemoryError(I2VError, MemoryError):
     """A generation that does not fit into memory, however little is computed at a time."""
 
 
+class NumericalError(I2VError, ArithmeticError):
+    """A computation whose numbers left what its type can hold."""
+
+
 class Interrupted(I2VError, RuntimeError):
     """A generation that its caller cancelled."""
 

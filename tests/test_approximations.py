@@ -12,41 +12,34 @@ from modelscope.pipelines import pipeline
 
 from modelscope_i2v.media.video import read_video
 from modelscope_i2v.models.unet import UNet
-from modelscope_i2v.samplers.ddim import DDIMSchedule, sample_ddim
-from modelscope_i2v.samplers.dpmpp import karras_timesteps, sample_dpmpp_2m
+from modelscope_i2v.samplers.ddim import sample_ddim
+from modelscope_i2v.samplers.dpmpp import sample_dpmpp_2m
+from modelscope_i2v.samplers.schedules import ddim_levels, karras_levels, stable_diffusion_schedule
 from modelscope_i2v.settings.record import keywords_like
 
 # The sampler
 
 
-def normal_data(schedule: DDIMSchedule, deviation: float):
-    """The velocity of data that are normal around 0: x0 given x is a multiple of x."""
-
-    def velocity(x, t):
-        alpha, sigma = schedule.level(t)
-        x0 = x * alpha * deviation**2 / (alpha**2 * deviation**2 + sigma**2)
-        noise = (x - alpha * x0) / sigma
-        return alpha * noise - sigma * x0
-
-    return velocity
+SCHEDULE = stable_diffusion_schedule()
+LEVELS = {sample_ddim: ddim_levels, sample_dpmpp_2m: karras_levels}
+DEVIATION = 0.5
 
 
-def timesteps_of(sample, schedule: DDIMSchedule, steps: int) -> list[int]:
-    return karras_timesteps(schedule, steps) if sample is sample_dpmpp_2m else schedule.timesteps(steps)
+def normal_data(x, level):
+    """The denoiser of data that are normal around 0: x0 given x is a multiple of x."""
+    return x * level.alpha * DEVIATION**2 / (level.alpha**2 * DEVIATION**2 + level.sigma**2)
 
 
 def error_for_normal_data(sample, steps: int) -> float:
     """Against the exact solution of the probability-flow equation, which scales the state."""
-    schedule, deviation = DDIMSchedule(), 0.5
     x = torch.randn(1, 4, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    timesteps = timesteps_of(sample, schedule, steps)
+    levels = LEVELS[sample](SCHEDULE, steps)
 
-    def spread(t):
-        alpha, sigma = schedule.level(t)
-        return math.sqrt(alpha**2 * deviation**2 + sigma**2)
+    def spread(level):
+        return math.sqrt(level.alpha**2 * DEVIATION**2 + level.sigma**2)
 
-    expected = x * spread(0) / spread(timesteps[0])
-    return relative_error(sample(normal_data(schedule, deviation), x, schedule, timesteps), expected)
+    expected = x * spread(levels[-1]) / spread(levels[0])
+    return relative_error(sample(normal_data, x, levels), expected)
 
 
 def test_dpmpp_converges_at_second_order_and_ddim_at_first():
@@ -61,36 +54,30 @@ def test_dpmpp_needs_fewer_than_half_the_steps():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 25, 50, 1000])
-def test_karras_timesteps_descend_from_the_most_noise_to_the_least(steps):
-    timesteps = karras_timesteps(DDIMSchedule(), steps)
+def test_karras_levels_descend_from_the_most_noise_to_the_least(steps):
+    levels = karras_levels(SCHEDULE, steps)
+    timesteps = [level.t for level in levels[:-1]]
+    assert levels[-1].t == 0
     assert timesteps == sorted(set(timesteps), reverse=True)
     assert timesteps[0] == 999 and (steps == 1 or timesteps[-1] == 1)
     assert len(timesteps) == steps if steps <= 25 else 25 < len(timesteps) <= steps
 
 
-def test_karras_timesteps_are_even_in_the_seventh_root():
-    schedule, timesteps = DDIMSchedule(), karras_timesteps(DDIMSchedule(), 10)
-    roots = [(sigma / alpha) ** (1 / 7) for alpha, sigma in map(schedule.level, timesteps)]
+def test_karras_levels_are_even_in_the_seventh_root():
+    roots = [level.s ** (1 / 7) for level in karras_levels(SCHEDULE, 10)[:-1]]
     gaps = [a - b for a, b in zip(roots, roots[1:])]
     assert max(gaps) / min(gaps) < 1.1  # timesteps are whole
 
 
 @pytest.mark.parametrize("steps", [1, 2, 25])
 def test_dpmpp_is_exact_for_data_at_a_point(steps):
-    schedule, point = DDIMSchedule(), torch.full((1, 4, 2, 3, 3), 0.7)
-
-    def velocity(x, t):
-        alpha, sigma = schedule.level(t)
-        return alpha * (x - alpha * point) / sigma - sigma * point
-
-    timesteps = karras_timesteps(schedule, steps)
+    point = torch.full((1, 4, 2, 3, 3), 0.7)
     noise = torch.randn(point.shape, generator=torch.Generator().manual_seed(0))
-    alpha, sigma = schedule.level(timesteps[0])
-    x, calls = alpha * point + sigma * noise, []
-    x = sample_dpmpp_2m(velocity, x, schedule, timesteps, lambda *call: calls.append(call))
-    alpha, sigma = schedule.level(0)
-    assert relative_error(x, alpha * point + sigma * noise) < 1e-5
-    assert [(step, t) for step, t, _ in calls] == list(enumerate(timesteps))
+    levels, calls = karras_levels(SCHEDULE, steps), []
+    x = levels[0].alpha * point + levels[0].sigma * noise
+    x = sample_dpmpp_2m(lambda x, level: point, x, levels, lambda *call: calls.append(call))
+    assert relative_error(x, levels[-1].alpha * point + levels[-1].sigma * noise) < 1e-5
+    assert [(step, t) for step, t, _ in calls] == [(level.number, level.t) for level in levels[:-1]]
 
 
 # What is left out

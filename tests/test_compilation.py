@@ -11,6 +11,7 @@ from tiny_networks import TINY, built, inputs_of
 from modelscope_i2v.engine.compilation import CompiledBlocks
 from modelscope_i2v.errors import MissingPackageError
 from modelscope_i2v.models.unet import UNetConfig
+from modelscope_i2v.samplers.schedules import NoiseLevel
 
 
 @pytest.fixture(autouse=True)
@@ -24,9 +25,12 @@ def unet_of(*dim_mult: int):
     return built(UNetConfig(**{**TINY, "dim_mult": dim_mult}))
 
 
+LEVEL = NoiseLevel(999, 0.1, 0.995, 9.95)
+
+
 def velocity_of(unet):
     inputs = inputs_of(unet, 1, 3, 8, 8)
-    return inputs["x"], lambda x, t: unet(x, torch.tensor([t]), inputs["y"])
+    return inputs["x"], lambda x, level: unet(x, torch.tensor([level.t]), inputs["y"])
 
 
 def test_torch_compile_gives_the_same(caplog):
@@ -37,10 +41,10 @@ def test_torch_compile_gives_the_same(caplog):
     assert list(unet.state_dict()) == names
     _, velocity = velocity_of(unet)
     with caplog.at_level("INFO"):
-        compiled.prepare([velocity], x)
+        compiled.prepare([velocity], x, LEVEL)
     blocks = sum(name.endswith("norm1.weight") for name in names)
     assert f"compiled {blocks} blocks for latents [1, 4, 3, 8, 8] in " in caplog.text
-    assert relative_error(velocity(x, 5), plain(x, 5)) < 1e-5
+    assert relative_error(velocity(x, LEVEL), plain(x, LEVEL)) < 1e-5
 
 
 def test_each_size_is_compiled_once(caplog):
@@ -49,15 +53,15 @@ def test_each_size_is_compiled_once(caplog):
     x, velocity = velocity_of(unet)
     calls = []
 
-    def counted(x, t):
+    def counted(x, level):
         calls.append(tuple(x.shape))
-        return velocity(x, t)
+        return velocity(x, level)
 
     for size in (8, 8, 16, 8):
-        compiled.prepare([counted], torch.zeros(1, 4, 3, 8, size))
+        compiled.prepare([counted], torch.zeros(1, 4, 3, 8, size), LEVEL)
     assert calls == [(1, 4, 3, 8, 8), (1, 4, 3, 8, 16)]
     with torch.compiler.set_stance("fail_on_recompile"):  # all variants are there
-        velocity(x, 5)
+        velocity(x, LEVEL)
 
 
 def test_where_it_cannot_compile_that_is_an_error():
@@ -68,7 +72,7 @@ def test_where_it_cannot_compile_that_is_an_error():
     compiled = CompiledBlocks(unet, backend=broken)
     x, velocity = velocity_of(unet)
     with pytest.raises(MissingPackageError, match="compile: torch.compile does not work here: .*to false"):
-        compiled.prepare([velocity], x)
+        compiled.prepare([velocity], x, LEVEL)
 
 
 def test_the_setting_compiles_and_says_how_long_it_took(small_model, picture, caplog, monkeypatch):

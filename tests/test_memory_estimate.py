@@ -90,17 +90,17 @@ def test_one_frame_of_the_autoencoder():
 
 
 def test_the_estimate_follows_window_size_width_and_precision():
-    settings, size = TWO(), (1280, 720)
+    settings, size = TWO(decoder_bs=1), (1280, 720)
     base = estimate_memory(settings, size, 64, 32)
     assert estimate_memory(settings, size, 1000, 32).networks == base.networks  # flat beyond the window
     assert estimate_memory(settings, size, 32, 10_000).networks == base.networks  # there is no more to see
     assert estimate_memory(settings, size, 640, 32).frames == 10 * base.frames
     assert estimate_memory(settings, size, 64, 64).activations > 1.5 * base.activations
     assert estimate_memory(settings, (2560, 1440), 64, 32).activations > 3 * base.activations
-    full = estimate_memory(TWO(precision="fp32"), size, 64, 32)
+    full = estimate_memory(TWO(precision="fp32", decoder_bs=1), size, 64, 32)
     assert (full.weights, full.networks) == (2 * base.weights, pytest.approx(2 * base.networks))
     narrow = TWO(unet=UNetConfig(image_conditioned=False, row_padding=2, dim=64), decoder_bs=1)
-    assert estimate_memory(narrow, size, 64, 32).activations < 0.55 * base.activations
+    assert estimate_memory(narrow, size, 64, 32).activations < 0.8 * base.activations
 
 
 def test_the_estimate_leaves_the_global_random_state_alone():

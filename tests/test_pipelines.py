@@ -21,8 +21,9 @@ from modelscope_i2v.errors import ConfigurationError, InvalidInputError, Missing
 from modelscope_i2v.media.preprocessing import to_frames
 from modelscope_i2v.media.video import read_metadata, read_video, video_bytes
 from modelscope_i2v.samplers.ddim import sample_ddim
-from modelscope_i2v.samplers.sdedit import BrownianNoise, dpmpp_2m_sde_levels, sample_dpmpp_2m_sde
-from modelscope_i2v.samplers.velocity import guided
+from modelscope_i2v.samplers.dpmpp import BrownianNoise, sample_dpmpp_2m_sde
+from modelscope_i2v.samplers.guidance import denoiser, guided
+from modelscope_i2v.samplers.schedules import ddim_levels, dpmpp_2m_sde_levels
 
 
 def bytes_of(result: dict) -> bytes:
@@ -181,10 +182,10 @@ def test_stage_one_is_the_chain_of_its_parts(i2v, picture):
         y, fps = model.clip_encoder(vit_frame)[:, None], torch.tensor([8])
 
         def velocity(y):
-            return lambda x, t: model.generator(x, torch.tensor([t]), y=y, fps=fps)
+            return lambda x, level: model.generator(x, torch.tensor([level.t]), y=y, fps=fps)
 
         guide = guided(both(velocity(y), velocity(torch.zeros_like(y))), 3.0)
-        latents = sample_ddim(guide, noise, model.diffusion, [501, 1])
+        latents = sample_ddim(denoiser(guide), noise, ddim_levels(model.diffusion, 2))
         expected = model.autoencoder.decode(latents[0].transpose(0, 1) / 0.18215).transpose(0, 1)[None]
     result = model({"vit_frame": vit_frame, "noise": noise})
     assert result.dtype == torch.float32 and result.shape == (1, 3, 4, 64, 128)
@@ -192,7 +193,7 @@ def test_stage_one_is_the_chain_of_its_parts(i2v, picture):
 
 
 def both(conditional, unconditional):
-    return lambda x, t: torch.stack([conditional(x, t), unconditional(x, t)])
+    return lambda x, level: torch.stack([conditional(x, level), unconditional(x, level)])
 
 
 def test_stage_two_is_the_chain_of_its_parts(v2v):
@@ -206,14 +207,14 @@ def test_stage_two_is_the_chain_of_its_parts(v2v):
         large = torch.nn.functional.interpolate(frames, size=(80, 128), mode="bilinear")
         posterior = model.autoencoder.encode(large)
         x0 = 0.18215 * (posterior.mean + torch.exp(0.5 * posterior.logvar) * posterior_noise)
-        noised = model.diffusion.noise(x0.transpose(0, 1)[None], noise, 599)
+        noised = model.diffusion.add_noise(x0.transpose(0, 1)[None], noise, 599)
 
         def velocity(y):
-            return lambda x, t: model.generator(x, torch.tensor([t]), y=y)
+            return lambda x, level: model.generator(x, torch.tensor([level.t]), y=y)
 
         levels = dpmpp_2m_sde_levels(model.diffusion, 2, 600)
-        denoise = model.diffusion.denoiser(guided(both(velocity(y), velocity(model.negative_y)), 7.5, 0.2))
-        x = noised * levels[0].item()
+        denoise = denoiser(guided(both(velocity(y), velocity(model.negative_y)), 7.5, 0.2))
+        x = noised * levels[0].s
         latents = sample_dpmpp_2m_sde(denoise, x, levels, BrownianNoise(x, levels, [77]))
         expected = model.autoencoder.decode(latents[0].transpose(0, 1) / 0.18215).transpose(0, 1)[None]
     result = model(

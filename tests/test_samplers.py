@@ -18,17 +18,20 @@ import torchsde
 from conftest import load_fixture, load_json, relative_error
 
 from modelscope_i2v.models.unet import UNet, UNetConfig
-from modelscope_i2v.samplers.ddim import DDIMSchedule, sample_ddim
-from modelscope_i2v.samplers.sdedit import (
-    BrownianNoise,
-    SDEditSchedule,
+from modelscope_i2v.samplers.ddim import sample_ddim
+from modelscope_i2v.samplers.dpmpp import BrownianNoise, sample_dpmpp_2m_sde
+from modelscope_i2v.samplers.guidance import denoiser, guided, guided_within
+from modelscope_i2v.samplers.heun import sample_heun
+from modelscope_i2v.samplers.schedules import (
+    NoiseLevel,
+    NoiseSchedule,
+    ddim_levels,
     dpmpp_2m_sde_levels,
     heun_levels,
-    published_sigmas,
-    sample_dpmpp_2m_sde,
-    sample_heun,
+    sdedit_schedule,
+    stable_diffusion_schedule,
 )
-from modelscope_i2v.samplers.velocity import denoised, guided, guided_within, window_starts, windowed
+from modelscope_i2v.samplers.windows import window_starts, windowed
 from modelscope_i2v.weights.small_model import random_state_dict
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -38,17 +41,32 @@ DIVISORS = [steps for steps in range(1, 1000) if 1000 % steps == 0]
 
 
 @pytest.fixture(scope="module")
-def ddim() -> DDIMSchedule:
-    return DDIMSchedule()
+def ddim() -> NoiseSchedule:
+    return stable_diffusion_schedule()
 
 
 @pytest.fixture(scope="module")
-def sdedit() -> SDEditSchedule:
-    return SDEditSchedule(published_sigmas())
+def sdedit() -> NoiseSchedule:
+    return sdedit_schedule()
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def alpha_sigma(schedule: NoiseSchedule, t: int) -> tuple[float, float]:
+    level = schedule.level(t)
+    return level.alpha, level.sigma
+
+
+def at(s) -> list[NoiseLevel]:
+    """Levels of given s, which need no schedule."""
+    return [NoiseLevel(0, 1 / math.sqrt(1 + each**2), each / math.sqrt(1 + each**2), each) for each in s]
+
+
+def exploding(denoise):
+    """A denoiser of x = x0 + s n, a function of (x, s), as the samplers call it."""
+    return lambda x, level: denoise(x * math.sqrt(1 + level.s**2), level.s)
 
 
 def no_noise(s: float, s_next: float) -> float:
@@ -71,7 +89,7 @@ class Recorder:
 
 def both(conditional, unconditional):
     """Two velocities as the one that guidance takes."""
-    return lambda x, t: torch.stack([conditional(x, t), unconditional(x, t)])
+    return lambda x, level: torch.stack([conditional(x, level), unconditional(x, level)])
 
 
 # The published results
@@ -87,10 +105,10 @@ def velocity_of(name: str, **differences):
     unet.load_state_dict(random_state_dict(unet, meta["seed"]), assign=True)
 
     def conditioned(y, record=None):
-        def velocity(x, t):
+        def velocity(x, level):
             if record is not None:
-                record.append(t)
-            return unet(x, torch.full((x.shape[0],), t), torch.as_tensor(y))
+                record.append(level.t)
+            return unet(x, torch.full((x.shape[0],), level.t), torch.as_tensor(y))
 
         return velocity
 
@@ -102,7 +120,7 @@ def test_ddim_is_the_published_one(ddim, steps):
     fixture, conditioned, seen = load_fixture("ddim"), velocity_of("unet_i2v"), []
     velocity = guided(both(conditioned(fixture["y"], seen), conditioned(np.zeros_like(fixture["y"]))), 3.0)
     noise = torch.from_numpy(fixture["noise"])
-    result = sample_ddim(velocity, noise, ddim, ddim.timesteps(steps))
+    result = sample_ddim(denoiser(velocity), noise, ddim_levels(ddim, steps))
     assert seen == fixture[f"timesteps_{steps}"].tolist()
     assert result.dtype == torch.float32
     assert relative_error(result, fixture[f"out_{steps}"]) < 1e-4
@@ -110,15 +128,14 @@ def test_ddim_is_the_published_one(ddim, steps):
 
 def test_ddim_noise_levels_are_the_published_ones(ddim):
     published = load_fixture("ddim")["alphas_cumprod"]
-    np.testing.assert_allclose(ddim.alphas_cumprod.numpy(), published, rtol=1e-12)
+    np.testing.assert_allclose((ddim.alphas**2).numpy(), published, rtol=1e-12)
     betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2
     np.testing.assert_allclose(published, np.cumprod(1 - betas), rtol=1e-12)
 
 
-def test_sdedit_noise_levels_are_the_published_ones():
-    sigmas = published_sigmas()
-    assert sigmas.dtype == torch.float32
-    assert np.array_equal(sigmas.numpy(), load_fixture("sdedit")["sigmas"])
+def test_sdedit_noise_levels_are_the_published_ones(sdedit):
+    assert sdedit.sigmas.dtype == torch.float32
+    assert np.array_equal(sdedit.sigmas.numpy(), load_fixture("sdedit")["sigmas"])
 
 
 def test_sdedit_noise_levels_follow_their_formula(sdedit):
@@ -137,7 +154,7 @@ def test_sdedit_noise_levels_follow_their_formula(sdedit):
 def test_sdedit_noising_is_the_published_one(sdedit):
     fixture = load_fixture("sdedit")
     x0, noise = torch.from_numpy(fixture["x0"]), torch.from_numpy(fixture["noise"])
-    assert relative_error(sdedit.noise(x0, noise, 599), fixture["noised"]) < 1e-6
+    assert relative_error(sdedit.add_noise(x0, noise, 599), fixture["noised"]) < 1e-6
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m_sde", "heun"])
@@ -145,14 +162,14 @@ def test_sdedit_is_the_published_one(sdedit, solver):
     fixture, seen = load_fixture("sdedit"), []
     conditioned = velocity_of("unet_v2v", image_conditioned=False, row_padding=2)
     velocity = guided(both(conditioned(fixture["y"], seen), conditioned(fixture["negative_y"])), 7.5, 0.2)
-    denoise, noised = sdedit.denoiser(velocity), torch.from_numpy(fixture["noised"])
+    denoise, noised = denoiser(velocity), torch.from_numpy(fixture["noised"])
     if solver == "heun":
         levels = heun_levels(sdedit, 3, 600)
-        result = sample_heun(denoise, noised * levels[0], levels)
+        result = sample_heun(denoise, noised * levels[0].s, levels)
     else:
         levels = dpmpp_2m_sde_levels(sdedit, 4, 600)
         noise = BrownianNoise(noised, levels, [int(fixture["brownian_entropy"])])
-        result = sample_dpmpp_2m_sde(denoise, noised * levels[0], levels, noise)
+        result = sample_dpmpp_2m_sde(denoise, noised * levels[0].s, levels, noise)
     assert seen == fixture[f"{solver}_timesteps"].tolist()
     assert result.dtype == torch.float32
     assert relative_error(result, fixture[solver]) < 1e-4
@@ -162,33 +179,40 @@ def test_sdedit_is_the_published_one(sdedit, solver):
 def test_sdedit_calls_the_network_at_the_published_timesteps(sdedit, solver, steps):
     seen, x = [], torch.ones(1, 4, 1, 1, 1)
 
-    def velocity(x, t):
-        seen.append(t)
+    def velocity(x, level):
+        seen.append(level.t)
         return torch.zeros_like(x)
 
     if solver == "heun":
-        sample_heun(sdedit.denoiser(velocity), x, heun_levels(sdedit, steps, 600))
+        sample_heun(denoiser(velocity), x, heun_levels(sdedit, steps, 600))
     else:
         levels = dpmpp_2m_sde_levels(sdedit, steps, 600)
-        sample_dpmpp_2m_sde(sdedit.denoiser(velocity), x, levels, no_noise)
+        sample_dpmpp_2m_sde(denoiser(velocity), x, levels, no_noise)
     assert seen == load_fixture("sdedit")[f"{solver}_timesteps_{steps}"].tolist()
 
 
 # DDIM
 
 
+def timesteps_of(ddim: NoiseSchedule, steps: int) -> list[int]:
+    """Where the network is called."""
+    levels = ddim_levels(ddim, steps)
+    assert [level.number for level in levels] == list(range(len(levels))) and levels[-1].t == 0
+    return [level.t for level in levels[:-1]]
+
+
 @pytest.mark.parametrize("steps", DIVISORS)
 def test_ddim_timesteps_are_the_published_where_steps_divide(ddim, steps):
-    assert ddim.timesteps(steps) == list(range(1, 1000, 1000 // steps))[::-1]
+    assert timesteps_of(ddim, steps) == list(range(1, 1000, 1000 // steps))[::-1]
 
 
 def test_ddim_takes_every_timestep_but_the_first_at_most(ddim):
-    assert ddim.timesteps(1000) == list(range(999, 0, -1))
+    assert timesteps_of(ddim, 1000) == list(range(999, 0, -1))
 
 
 def test_ddim_timesteps_descend_evenly_within_the_schedule(ddim):
     for steps in range(1, 1001):
-        timesteps = ddim.timesteps(steps)
+        timesteps = timesteps_of(ddim, steps)
         strides = {before - after for before, after in zip(timesteps, timesteps[1:])}
         assert timesteps[-1] == 1
         assert timesteps[0] <= 999
@@ -197,44 +221,37 @@ def test_ddim_timesteps_descend_evenly_within_the_schedule(ddim):
 
 
 def test_ddim_has_exactly_as_many_timesteps_as_steps(ddim):
-    assert [steps for steps in range(1, 1000) if len(ddim.timesteps(steps)) != steps] == []
+    assert [steps for steps in range(1, 1000) if len(timesteps_of(ddim, steps)) != steps] == []
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_ddim_keeps_the_noise_of_data_at_a_point(ddim, steps):
     """x_t = alpha_t c + sigma_t n, the same n for all t."""
-    c, noise, timesteps = normal(*SHAPE), normal(*SHAPE, seed=1), ddim.timesteps(steps)
-
-    def velocity(x, t):
-        alpha, sigma = ddim.level(t)
-        return (alpha * x - c) / sigma
-
-    alpha, sigma = ddim.level(timesteps[0])
+    c, noise, levels = normal(*SHAPE), normal(*SHAPE, seed=1), ddim_levels(ddim, steps)
     recorder = Recorder()
-    result = sample_ddim(velocity, alpha * c + sigma * noise, ddim, timesteps, recorder)
-    for (step, t, x), expected_t, t_next in zip(recorder.calls, timesteps, [*timesteps[1:], 0]):
-        alpha, sigma = ddim.level(t_next)
-        assert t == expected_t
-        assert relative_error(x, alpha * c + sigma * noise) < 1e-9, step
+    result = sample_ddim(lambda x, level: c, levels[0].alpha * c + levels[0].sigma * noise, levels, recorder)
+    for (step, t, x), level, following in zip(recorder.calls, levels, levels[1:]):
+        assert t == level.t
+        assert relative_error(x, following.alpha * c + following.sigma * noise) < 1e-9, step
     assert torch.equal(recorder.states[-1], result)
-    assert len(recorder.calls) == len(timesteps)
+    assert len(recorder.calls) == steps
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 50])
 def test_ddim_scales_normal_data_by_the_cosines_of_its_steps(ddim, steps):
     """With alpha = cos and sigma = sin of an angle, a step scales x by the cosine of its angle."""
-    x, timesteps = normal(*SHAPE), ddim.timesteps(steps)
-    angles = [math.atan2(*reversed(ddim.level(t))) for t in [*timesteps, 0]]
+    x, levels = normal(*SHAPE), ddim_levels(ddim, steps)
+    angles = [math.atan2(level.sigma, level.alpha) for level in levels]
     expected = math.prod(math.cos(a - b) for a, b in zip(angles, angles[1:])) * x
-    result = sample_ddim(lambda x, t: torch.zeros_like(x), x, ddim, timesteps)
+    result = sample_ddim(denoiser(lambda x, level: torch.zeros_like(x)), x, levels)
     assert relative_error(result, expected) < 1e-9
 
 
 def test_ddim_level_is_variance_preserving(ddim):
     for t in (0, 1, 500, 999):
-        alpha, sigma = ddim.level(t)
+        alpha, sigma = alpha_sigma(ddim, t)
         assert alpha**2 + sigma**2 == pytest.approx(1, abs=1e-12)
-        assert alpha**2 == pytest.approx(ddim.alphas_cumprod[t].item(), abs=1e-12)
+        assert ddim.level(t).s == pytest.approx(sigma / alpha) == pytest.approx(ddim.log_s[t].exp().item())
 
 
 # SDEdit's noise levels
@@ -242,41 +259,40 @@ def test_ddim_level_is_variance_preserving(ddim):
 
 def test_timestep_is_the_inverse_of_levels(sdedit):
     timesteps = torch.arange(999, dtype=torch.float32)
-    levels = sdedit.levels(timesteps)
-    assert [sdedit.timestep(s) for s in levels.tolist()] == list(range(999))
+    levels = sdedit.s_at(timesteps)
+    assert [sdedit.nearest(s) for s in levels.tolist()] == list(range(999))
     s = (sdedit.sigmas.double() / (1 - sdedit.sigmas.double() ** 2).sqrt())[:999]
     np.testing.assert_allclose(levels.numpy(), s.numpy(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("t", [0, 3, 250, 598, 900])
 def test_timestep_is_the_nearest_in_log_s(sdedit, t):
-    low, high = sdedit.levels(torch.tensor([float(t), float(t + 1)])).double().log().tolist()
+    low, high = sdedit.s_at(torch.tensor([float(t), float(t + 1)])).double().log().tolist()
     for weight in (0.1, 0.4, 0.6, 0.9):
         s = math.exp((1 - weight) * low + weight * high)
-        assert sdedit.timestep(s) == (t if weight < 0.5 else t + 1)
-        assert sdedit.levels(torch.tensor([t + weight])).item() == pytest.approx(s, rel=1e-4)
+        assert sdedit.nearest(s) == (t if weight < 0.5 else t + 1)
+        assert sdedit.s_at(torch.tensor([t + weight])).item() == pytest.approx(s, rel=1e-4)
 
 
 def test_timestep_of_a_level_below_all_is_the_first(sdedit):
-    assert sdedit.timestep(1e-9) == 0
+    assert sdedit.nearest(1e-9) == 0
 
 
 @pytest.mark.parametrize("steps, noise_levels", [(1, 600), (4, 600), (30, 600), (50, 600), (7, 999), (5, 40)])
 def test_levels_trail_from_the_start_to_zero(sdedit, steps, noise_levels):
     timesteps = [noise_levels - 1 - i * noise_levels / steps for i in range(steps)]
-    levels = sdedit.trailing(steps, noise_levels)
-    assert torch.equal(levels, heun_levels(sdedit, steps, noise_levels))
-    assert levels.shape == (steps + 1,)
-    assert levels[-1] == 0
-    assert (levels.diff() < 0).all()
-    np.testing.assert_allclose(
-        levels[:-1].numpy(), sdedit.levels(torch.tensor(timesteps).clamp(min=0)).numpy(), rtol=1e-3
-    )
-    assert sdedit.timestep(levels[0].item()) == noise_levels - 1
-    one_more = sdedit.trailing(steps + 1, noise_levels)
+    levels = heun_levels(sdedit, steps, noise_levels)
+    s = [level.s for level in levels]
+    assert len(levels) == steps + 1
+    assert s[-1] == 0
+    assert s == sorted(set(s), reverse=True)
+    assert [level.number for level in levels] == list(range(steps + 1))
+    np.testing.assert_allclose(s[:-1], sdedit.s_at(torch.tensor(timesteps).clamp(min=0)).numpy(), rtol=1e-3)
+    assert levels[0].t == noise_levels - 1
+    assert all(level.t == sdedit.nearest(level.s) for level in levels[:-1])
     dpmpp = dpmpp_2m_sde_levels(sdedit, steps, noise_levels)
-    assert torch.equal(dpmpp[:-1], one_more[:steps])
-    assert dpmpp[-1] == 0
+    assert dpmpp[:-1] == heun_levels(sdedit, steps + 1, noise_levels)[:steps]
+    assert dpmpp[-1] == levels[-1]
 
 
 def test_noising_keeps_the_variance(sdedit):
@@ -284,25 +300,7 @@ def test_noising_keeps_the_variance(sdedit):
     for t in (0, 300, 599, 999):
         sigma = sdedit.sigmas[t].item()
         expected = math.sqrt(1 - sigma**2) * x0 + sigma * noise
-        assert relative_error(sdedit.noise(x0, noise, t), expected) < 1e-5
-
-
-@pytest.mark.parametrize("t", [1, 300, 599, 998])
-def test_denoiser_gives_a_velocity_models_x0(sdedit, t):
-    """The model sees alpha x0 + sigma n where the sampler has x0 + s n."""
-    x0, noise = normal(*SHAPE), normal(*SHAPE, seed=1)
-    alpha, sigma = sdedit.alphas[t].item(), sdedit.sigmas[t].item()
-    seen = []
-
-    def velocity(x, t):
-        seen.append((x, t))
-        return alpha * noise - sigma * x0
-
-    s = sdedit.levels(torch.tensor([float(t)])).item()
-    result = sdedit.denoiser(velocity)(x0 + s * noise, s)
-    assert relative_error(result, x0) < 1e-3
-    assert seen[0][1] == t
-    assert relative_error(seen[0][0], alpha * x0 + sigma * noise) < 1e-4
+        assert relative_error(sdedit.add_noise(x0, noise, t), expected) < 1e-5
 
 
 # Heun
@@ -315,19 +313,19 @@ def normal_data(x, s):
 @pytest.mark.parametrize("steps", [1, 2, 6])
 def test_heun_is_exact_for_data_at_a_point(steps):
     """x = c + s n, the same n for all s."""
-    c, noise, levels = normal(*SHAPE), normal(*SHAPE, seed=1), torch.linspace(8, 0, steps + 1)
+    c, noise, levels = normal(*SHAPE), normal(*SHAPE, seed=1), at(np.linspace(8, 0, steps + 1))
     recorder = Recorder()
     result = sample_heun(lambda x, s: c, c + 8 * noise, levels, recorder)
-    for (step, s, x), level, level_next in zip(recorder.calls, levels.tolist(), levels[1:].tolist()):
-        assert s == level
-        assert relative_error(x, c + level_next * noise) < 1e-9, step
+    for (step, s, x), level, following in zip(recorder.calls, levels, levels[1:]):
+        assert s == level.s
+        assert relative_error(x, c + following.s * noise) < 1e-9, step
     assert relative_error(result, c) < 1e-9
     assert [step for step, _, _ in recorder.calls] == list(range(steps))
 
 
 def test_heun_of_one_step_is_the_denoisers_answer():
     x = normal(*SHAPE)
-    assert relative_error(sample_heun(normal_data, x, torch.tensor([3.0, 0.0])), x / 10) < 1e-12
+    assert relative_error(sample_heun(exploding(normal_data), x, at([3.0, 0.0])), x / 10) < 1e-12
 
 
 def test_heun_of_two_steps():
@@ -335,7 +333,7 @@ def test_heun_of_two_steps():
     slope = x * s / (1 + s**2)  # of normal data
     euler = x + (s_next - s) * slope
     heun = x + (s_next - s) * (slope + euler * s_next / (1 + s_next**2)) / 2
-    result = sample_heun(normal_data, x, torch.tensor([s, s_next, 0.0]))
+    result = sample_heun(exploding(normal_data), x, at([s, s_next, 0.0]))
     assert relative_error(result, heun / (1 + s_next**2)) < 1e-12
 
 
@@ -350,7 +348,7 @@ def test_heun_converges_at_second_order_for_normal_data():
 
     def sample(steps):
         x = torch.ones(1, dtype=torch.float64)
-        return sample_heun(normal_data, x, torch.linspace(4, 0, steps + 1)).item()
+        return sample_heun(exploding(normal_data), x, at(np.linspace(4, 0, steps + 1))).item()
 
     assert all(3.6 < ratio < 4.4 for ratio in convergence(sample, 1 / math.sqrt(17)))
 
@@ -364,14 +362,14 @@ def test_dpmpp_of_one_step_is_the_denoisers_answer():
     def noise(s, s_next):
         raise AssertionError("the last step has no noise")
 
-    result = sample_dpmpp_2m_sde(normal_data, x, torch.tensor([3.0, 0.0]), noise)
+    result = sample_dpmpp_2m_sde(exploding(normal_data), x, at([3.0, 0.0]), noise)
     assert relative_error(result, x / 10) < 1e-12
 
 
 def test_dpmpp_mean_and_noise_for_data_at_a_point():
     """A step takes c + s n to c + s' (r n + sqrt(1 - r^2) n'), r = s'/s: old noise fades, new noise comes."""
     c, x = normal(*SHAPE), normal(*SHAPE, seed=1)
-    levels = torch.tensor([9.0, 4.0, 1.0, 0.5, 0.0])
+    levels = at([9.0, 4.0, 1.0, 0.5, 0.0])
     draws, asked, recorder = [normal(*SHAPE, seed=seed) for seed in (2, 3, 4)], [], Recorder()
 
     def noise(s, s_next):
@@ -398,7 +396,7 @@ def test_dpmpp_extrapolates_to_the_midpoint_of_each_step():
     def denoise(x, s):
         return a + b * math.log(s)
 
-    sample_dpmpp_2m_sde(denoise, x, torch.tensor(levels, dtype=torch.float64), no_noise, recorder)
+    sample_dpmpp_2m_sde(exploding(denoise), x, at(levels), no_noise, recorder)
     for step, (s, s_next) in enumerate(zip(levels[:3], levels[1:4])):
         middle = s if step == 0 else math.sqrt(s * s_next)  # the first step has nothing to extrapolate from
         decay = (s_next / s) ** 2
@@ -410,7 +408,7 @@ def noiseless_dpmpp(denoise, x: float, levels: torch.Tensor) -> float:
     """The mean at the last of the levels."""
     recorder = Recorder()
     start = torch.full((1,), x, dtype=torch.float64)
-    sample_dpmpp_2m_sde(denoise, start, torch.cat([levels, torch.zeros(1)]), no_noise, recorder)
+    sample_dpmpp_2m_sde(exploding(denoise), start, at([*levels.tolist(), 0.0]), no_noise, recorder)
     return recorder.states[len(levels) - 2].item()
 
 
@@ -440,7 +438,7 @@ def test_dpmpp_samples_have_the_datas_distribution():
         return torch.randn(x.shape, generator=draws, dtype=x.dtype)
 
     recorder, levels = Recorder(), torch.logspace(math.log10(20), -1.5, 40, dtype=torch.float64)
-    sample_dpmpp_2m_sde(normal_data, x, torch.cat([levels, torch.zeros(1)]), noise, recorder)
+    sample_dpmpp_2m_sde(exploding(normal_data), x, at([*levels.tolist(), 0.0]), noise, recorder)
     for s, state in zip(levels[1:].tolist(), recorder.states):
         assert state.var().item() == pytest.approx(1 + s**2, rel=0.03)
 
@@ -450,19 +448,19 @@ def test_dpmpp_of_more_steps_than_noise_levels_gives_numbers(sdedit, noise_level
     """Both settings are allowed: the timesteps that would lie below 0 must not become steps of no length."""
     x = normal(*SHAPE, dtype=torch.float32)
     levels = dpmpp_2m_sde_levels(sdedit, 30, noise_levels)
-    result = sample_dpmpp_2m_sde(normal_data, x, levels, BrownianNoise(x, levels, [1]))
+    result = sample_dpmpp_2m_sde(exploding(normal_data), x, levels, BrownianNoise(x, levels, [1]))
     assert result.isfinite().all()
 
 
 # Brownian noise
 
-LEVELS = torch.tensor([40.0, 9.0, 2.5, 0.7, 0.05, 0.0])
+LEVELS = at([40.0, 9.0, 2.5, 0.7, 0.05, 0.0])
 
 
 def test_brownian_noise_is_normal_and_independent_from_step_to_step():
     x = torch.zeros(1, 4, 10, 40, 25)
     noise = BrownianNoise(x, LEVELS, [7])
-    positive = LEVELS[:-1].tolist()
+    positive = [level.s for level in LEVELS[:-1]]
     steps = [noise(s, s_next) for s, s_next in zip(positive, positive[1:])]
     for draw in steps:
         assert draw.shape == x.shape
@@ -521,27 +519,28 @@ def test_samplers_leave_the_global_random_state_alone(ddim, sdedit):
     x, levels = torch.ones(*SHAPE), dpmpp_2m_sde_levels(sdedit, 4, 600)
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
 
-    def velocity(x, t):
+    def velocity(x, level, start=0):
         return 0.1 * x
 
-    first = sample_dpmpp_2m_sde(sdedit.denoiser(velocity), x, levels, BrownianNoise(x, levels, [1]))
-    sample_heun(sdedit.denoiser(velocity), x, levels)
-    sample_ddim(windowed(guided(both(velocity, velocity), 3.0, 0.5), 2, 1), x, ddim, ddim.timesteps(3))
+    first = sample_dpmpp_2m_sde(denoiser(velocity), x, levels, BrownianNoise(x, levels, [1]))
+    sample_heun(denoiser(velocity), x, levels)
+    branches = windowed(lambda x, level, start: both(velocity, velocity)(x, level), 2, 1)
+    sample_ddim(denoiser(guided(branches, 3.0, 0.5)), x, ddim_levels(ddim, 3))
     assert torch.equal(torch.get_rng_state(), before[0])
     assert all(np.array_equal(a, b) for a, b in zip(np.random.get_state(), before[1]))
     assert random.getstate() == before[2]
     torch.manual_seed(99)
     np.random.seed(99)
-    second = sample_dpmpp_2m_sde(sdedit.denoiser(velocity), x, levels, BrownianNoise(x, levels, [1]))
+    second = sample_dpmpp_2m_sde(denoiser(velocity), x, levels, BrownianNoise(x, levels, [1]))
     assert torch.equal(first, second)
 
 
 def test_samplers_do_not_change_the_state_they_are_given(ddim, sdedit):
     x = normal(*SHAPE)
     given, levels = x.clone(), heun_levels(sdedit, 3, 600)
-    sample_ddim(lambda x, t: x, x, ddim, ddim.timesteps(3))
-    sample_heun(normal_data, x, levels)
-    sample_dpmpp_2m_sde(normal_data, x, levels, no_noise)
+    sample_ddim(lambda x, level: x, x, ddim_levels(ddim, 3))
+    sample_heun(exploding(normal_data), x, levels)
+    sample_dpmpp_2m_sde(exploding(normal_data), x, levels, no_noise)
     assert torch.equal(x, given)
 
 
@@ -557,10 +556,10 @@ def constant(value: torch.Tensor, calls: list | None = None):
     return velocity
 
 
-def test_denoised_inverts_the_velocity():
-    x0, noise, (alpha, sigma) = normal(*SHAPE), normal(*SHAPE, seed=1), (0.8, 0.6)
-    v = alpha * noise - sigma * x0
-    assert relative_error(denoised(alpha * x0 + sigma * noise, v, alpha, sigma), x0) < 1e-12
+def test_denoiser_inverts_the_velocity():
+    x0, noise, level = normal(*SHAPE), normal(*SHAPE, seed=1), NoiseLevel(5, 0.8, 0.6, 0.75)
+    v = 0.8 * noise - 0.6 * x0
+    assert relative_error(denoiser(constant(v))(0.8 * x0 + 0.6 * noise, level), x0) < 1e-12
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0, 7.5])
@@ -590,7 +589,8 @@ def test_guidance_within_an_interval_computes_both_branches_there_only():
     x = torch.zeros(SHAPE)
     for t in (999, 801, 800, 500, 200, 199, 1):
         expected = guided_one if 200 <= t <= 800 else conditional
-        assert torch.equal(velocity(x, t), expected(x, t))
+        level = NoiseLevel(t, 0.6, 0.8, 4 / 3)
+        assert torch.equal(velocity(x, level), expected(x, level))
     assert len(asked) == 2 * 3
 
 
@@ -636,19 +636,19 @@ def test_windows_cover_all_frames_with_the_overlap_asked_for(frames, size, overl
 def test_windows_of_a_framewise_velocity_are_invisible(frames, size, overlap):
     x, sizes = normal(2, 4, frames, 2, 3), []
 
-    def velocity(x, t):
-        sizes.append((x.shape[2], t))
-        return torch.tanh(x) * t
+    def velocity(x, level, start):
+        sizes.append((x.shape[2], level, start))
+        return torch.tanh(x) * level
 
     assert relative_error(windowed(velocity, size, overlap)(x, 7), torch.tanh(x) * 7) < 1e-12
-    assert sizes == [(size, 7)] * len(window_starts(frames, size, overlap))
+    assert sizes == [(size, 7, start) for start in window_starts(frames, size, overlap)]
 
 
 @pytest.mark.parametrize("frames", [1, 5, 8])
 def test_a_video_within_one_window_is_one_call(frames):
     x, seen = normal(1, 4, frames, 2, 3), []
 
-    def velocity(x, t):
+    def velocity(x, level, start):
         seen.append(x)
         return 2 * x
 
@@ -668,7 +668,7 @@ def test_a_video_within_one_window_is_one_call(frames):
 def test_windows_are_blended_by_ramps_as_long_as_the_overlap(frames, size, overlap, shares):
     calls = []
 
-    def velocity(x, t):
+    def velocity(x, level, start):
         calls.append(x)
         return torch.full_like(x, float(len(calls) - 1))  # the window's number, so the second one's share
 
@@ -681,7 +681,7 @@ def test_blended_windows_lie_between_what_they_blend(frames, size, overlap):
     """The weights are positive and sum to one: every frame is a mean of the windows that hold it."""
     starts, calls = window_starts(frames, size, overlap), []
 
-    def velocity(x, t):
+    def velocity(x, level, start):
         calls.append(x)
         return torch.full_like(x, 10.0 ** len(calls))
 

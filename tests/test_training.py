@@ -8,7 +8,9 @@ from torch import nn
 
 from modelscope_i2v.models.autoencoder import SCALE_FACTOR, Autoencoder, AutoencoderConfig
 from modelscope_i2v.models.unet import UNet, UNetConfig
-from modelscope_i2v.samplers.ddim import DDIMSchedule, sample_ddim
+from modelscope_i2v.samplers.ddim import sample_ddim
+from modelscope_i2v.samplers.guidance import denoiser
+from modelscope_i2v.samplers.schedules import ddim_levels, stable_diffusion_schedule
 from modelscope_i2v.training import losses
 from modelscope_i2v.training.initialisation import start_as_resampling, start_unet
 from modelscope_i2v.training.loop import Schedule, Training, train
@@ -73,13 +75,13 @@ def unet_training(steps=6, batch=2):
     network = tiny_unet()
     start_unet(network)
     training = Training(network, Schedule(steps, 4e-3, warmup=2), seed=3, rate_factors={"out.": 0.5})
-    x0, y, schedule = clip_latents().repeat(batch, 1, 1, 1, 1), torch.ones(batch, 1, 8), DDIMSchedule()
+    x0, y = clip_latents().repeat(batch, 1, 1, 1, 1), torch.ones(batch, 1, 8)
+    schedule = stable_diffusion_schedule()
 
     def loss(generator, step):
         t = torch.randint(1000, (batch,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
-        alpha_squared = schedule.alphas_cumprod[t].float()
-        alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+        alpha, sigma = schedule.alphas[t].float(), schedule.sigmas[t].float()
         xt = alpha.view(-1, 1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1, 1) * noise
         v = network(xt, t, y)
         return losses.velocity_loss(v, losses.velocity_target(x0, noise, alpha, sigma)), {}
@@ -144,15 +146,14 @@ def test_every_parameter_gets_a_gradient():
 def test_one_clip_is_learned_by_heart():
     training, loss = unet_training(steps=60, batch=4)
     list(train(training, loss))
-    x0, schedule = clip_latents(), DDIMSchedule()
+    x0, levels = clip_latents(), ddim_levels(stable_diffusion_schedule(), 10)
 
     def distance(network):
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(9))
         y = torch.ones(1, 1, 8)
         with torch.no_grad():
-            sample = sample_ddim(
-                lambda x, t: network(x, torch.tensor([t]), y), noise, schedule, schedule.timesteps(10)
-            )
+            velocity = lambda x, level: network(x, torch.tensor([level.t]), y)  # noqa: E731
+            sample = sample_ddim(denoiser(velocity), noise, levels)
         return (sample - x0).square().mean().item()
 
     untrained = tiny_unet()

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import MissingPackageError
 from ..models.transformers import TransformerBlock
 from ..models.unet import UNet
-from ..samplers.velocity import Velocity
+from ..samplers.schedules import Denoiser, NoiseLevel
 
 logger = logging.getLogger(__name__)
 
@@ -49,19 +49,19 @@ class CompiledBlocks:
         except RuntimeError as error:
             raise _refusal(error) from error
 
-    def prepare(self, velocities: Sequence[Velocity], x: Tensor) -> None:
-        """Compile for states of x's size, by one call of each velocity whose result is not used.
+    def prepare(self, denoisers: Sequence[Denoiser], x: Tensor, level: NoiseLevel) -> None:
+        """Compile for states of x's size, by one call of each denoiser whose result is not used.
 
         Raises:
             MissingPackageError: if torch.compile does not work here.
         """
-        size = (len(velocities), *x.shape)
+        size = (len(denoisers), *x.shape)
         if size in self._done:
             return
         start = time.perf_counter()
         try:
-            for velocity in velocities:
-                velocity(x, 999)
+            for denoise in denoisers:
+                denoise(x, level)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise _refusal(error) from error
         self._done.add(size)

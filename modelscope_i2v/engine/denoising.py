@@ -1,4 +1,4 @@
-"""The UNet as the velocity that the samplers integrate: guided, in windows, and with features used again."""
+"""The UNet as the denoiser that the samplers take: guided, in windows, and with features used again."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
+from ..errors import NumericalError
 from ..models.unet import FeatureCache, UNet
-from ..samplers.velocity import Velocity, guided, guided_within, windowed
+from ..samplers.guidance import denoiser, guided, guided_within
+from ..samplers.schedules import Denoiser, NoiseLevel
+from ..samplers.windows import windowed
 from ..settings.request import Request
 from .memory.out_of_memory import with_less_at_a_time
+from .precision import precision_name
 
 #: Up to so many latent positions (b f h w), by device, both branches of guidance go through the UNet
 #: together: its deep levels are too small for the device to be busy with one.
@@ -38,10 +42,12 @@ class ChunkLimit:
             yield elements
 
 
-def guided_velocity(
+def guided_denoiser(
     unet: UNet, y: Tensor, negative_y: Tensor, request: Request, limit: ChunkLimit, **conditions: Tensor
-) -> Velocity:
-    """Return the velocity of a generation, a function of a float32 state [B, 4, F, h, w] and a timestep.
+) -> Denoiser:
+    """Return the denoiser of a generation, for float32 states [B, 4, F, h, w].
+
+    It raises ``NumericalError`` where its result would not be finite.
 
     Args:
         unet: where it is, in its parameters' type.
@@ -51,21 +57,35 @@ def guided_velocity(
         **conditions: what else the UNet takes, [B].
     """
     branches = _Branches(unet, y, negative_y, request.reuse_interval, limit, conditions)
+    conditional = windowed(branches.conditional, request.window, request.overlap)
+    velocity = conditional
+    if request.guide_scale != 1.0:  # else the unconditional branch would have no part in it
+        both = windowed(branches.both, request.window, request.overlap)
+        velocity = guided(both, request.guide_scale, request.guide_rescale)
+        if request.guidance_interval is not None:
+            velocity = guided_within(request.guidance_interval, velocity, conditional)
+    return _finite(denoiser(velocity), precision_name(unet.dtype))
 
-    def in_windows(velocity: Velocity) -> Velocity:
-        return windowed(velocity, request.window, request.overlap)
 
-    conditional = in_windows(branches.conditional)
-    if request.guide_scale == 1.0:  # the unconditional branch would have no part in it
-        return conditional
-    velocity = guided(in_windows(branches.both), request.guide_scale, request.guide_rescale)
-    if request.guidance_interval is not None:
-        velocity = guided_within(request.guidance_interval, velocity, conditional)
-    return velocity
+def _finite(denoise: Denoiser, precision: str) -> Denoiser:
+    def checked(x: Tensor, level: NoiseLevel) -> Tensor:
+        x0 = denoise(x, level)
+        if not x0.isfinite().all():
+            advice = "" if precision == "fp32" else "; try precision fp32"
+            raise NumericalError(
+                f"step {level.number + 1}: the latents are not finite, computed in {precision}{advice}"
+            )
+        return x0
+
+    return checked
 
 
 class _Branches:
-    """The UNet's predictions under one conditioning or two, in float32."""
+    """The UNet's predictions under one conditioning or two, in float32.
+
+    Args:
+        reuse_interval: of noise levels, one in so many has its deep features computed; the others use them.
+    """
 
     def __init__(
         self,
@@ -79,23 +99,33 @@ class _Branches:
         self._unet, self._limit, self._conditions = unet, limit, conditions
         self._device, self._batch = next(unet.parameters()).device, y.shape[0]
         self._y, self._negative_y = y.to(self._device), negative_y.to(self._device)
-        self._reuse = _FeatureReuse(reuse_interval)
+        self._reuse_interval = reuse_interval
+        self._caches: dict[tuple[int, int], list[FeatureCache]] = {}  # by window and count of branches
 
-    def conditional(self, x: Tensor, t: int) -> Tensor:
-        """[B, 4, F, h, w]"""
-        return self._predict(x, t, [self._y], branches=1)
+    def conditional(self, x: Tensor, level: NoiseLevel, start: int) -> Tensor:
+        """Return the conditional prediction for a window of frames, [B, 4, F, h, w]."""
+        return self._predict(x, level, [self._y], self._caches_at(level, start, 1))
 
-    def both(self, x: Tensor, t: int) -> Tensor:
-        """[2, B, 4, F, h, w]"""
-        small = x[:, 0].numel() <= _TOGETHER.get(self._device.type, 0)
+    def both(self, x: Tensor, level: NoiseLevel, start: int) -> Tensor:
+        """Return both branches' predictions for a window of frames, [2, B, 4, F, h, w]."""
         contexts = [self._y, self._negative_y]
+        small = x[:, 0].numel() <= _TOGETHER.get(self._device.type, 0)
         if small and self._y.shape == self._negative_y.shape:
             contexts = [torch.cat(contexts)]
-        return self._predict(x, t, contexts, branches=2).unflatten(0, (2, -1))
+        return self._predict(x, level, contexts, self._caches_at(level, start, 2)).unflatten(0, (2, -1))
 
-    def _predict(self, x: Tensor, t: int, contexts: list[Tensor], branches: int) -> Tensor:
-        timesteps = torch.full((self._batch,), t, device=self._device)
-        caches = self._reuse.caches(t, branches) or [None] * len(contexts)
+    def _caches_at(self, level: NoiseLevel, start: int, branches: int) -> list[FeatureCache | None]:
+        if self._reuse_interval == 1:
+            return [None] * branches
+        key = (start, branches)
+        if level.number % self._reuse_interval == 0 or key not in self._caches:
+            self._caches[key] = [FeatureCache() for _ in range(branches)]
+        return [*self._caches[key]]
+
+    def _predict(
+        self, x: Tensor, level: NoiseLevel, contexts: list[Tensor], caches: list[FeatureCache | None]
+    ) -> Tensor:
+        timesteps = torch.full((self._batch,), level.t, device=self._device)
 
         def predict(y: Tensor, cache: FeatureCache | None) -> Tensor:
             def predict_in_chunks(chunk: int) -> Tensor:
@@ -107,29 +137,3 @@ class _Branches:
             return with_less_at_a_time(predict_in_chunks, self._limit.and_less(), words, self._device)
 
         return torch.cat([predict(y, cache) for y, cache in zip(contexts, caches)])
-
-
-class _FeatureReuse:
-    """Which of the UNet's calls compute its deep features, and which use those of an earlier one.
-
-    The calls of one timestep are those of the windows of a long video, in order.
-    """
-
-    def __init__(self, interval: int):
-        self._interval = interval
-        self._timestep: int | None = None
-        self._steps = -1
-        self._window = 0
-        self._kept: dict[tuple[int, int], list[FeatureCache]] = {}
-
-    def caches(self, t: int, branches: int) -> list[FeatureCache]:
-        """Return a cache for each call of the UNet that predicts the branches; none if nothing is reused."""
-        if self._interval == 1:
-            return []
-        if t != self._timestep:
-            self._timestep, self._window = t, -1
-            self._steps += 1
-        self._window += 1
-        if self._steps % self._interval == 0 or (self._window, branches) not in self._kept:
-            self._kept[self._window, branches] = [FeatureCache() for _ in range(branches)]
-        return self._kept[self._window, branches]

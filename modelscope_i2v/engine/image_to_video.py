@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ..media.images import open_image
 from ..media.preprocessing import ClipImageTransform
-from ..samplers.ddim import DDIMSchedule, sample_ddim
-from ..samplers.dpmpp import karras_timesteps, sample_dpmpp_2m
+from ..samplers.ddim import sample_ddim
+from ..samplers.dpmpp import sample_dpmpp_2m
+from ..samplers.schedules import ddim_levels, karras_levels, stable_diffusion_schedule
 from ..settings.request import Request
 from .generated import GeneratedVideo
 from .latents import draw_noise
@@ -31,7 +32,7 @@ class ImageToVideo(Stage):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.schedule = DDIMSchedule()
+        self.schedule = stable_diffusion_schedule()
         self.transform = ClipImageTransform(self.settings.clip.image_size)
 
     def forward(self, image: Any, **keywords: Any) -> GeneratedVideo:
@@ -84,16 +85,16 @@ class ImageToVideo(Stage):
         drawn = draw_noise(generator, self._latent_shape(request, frames), request.noise_strength)
         noise = replacement("noise", noise, drawn.expand(batch, -1, -1, -1, -1))
 
-        # 3. The timesteps: DDIM's, or fewer of an approximate solver.
+        # 3. The noise levels: DDIM's, or fewer of an approximate solver.
         if request.solver == "dpmpp":
-            sample, timesteps = sample_dpmpp_2m, karras_timesteps(self.schedule, request.steps)
+            sample, levels = sample_dpmpp_2m, karras_levels(self.schedule, request.steps)
         else:
-            sample, timesteps = sample_ddim, self.schedule.timesteps(request.steps)
+            sample, levels = sample_ddim, ddim_levels(self.schedule, request.steps)
 
         # 4. Denoising, guided.
         with self._phase("denoising", progress, request, frames, self.unet) as device:
             noise = noise.to(device)
             fps = torch.full((batch,), request.fps, device=device)
-            velocity = self._velocity(y, torch.zeros_like(y), noise, request, progress, fps=fps)
-            with progress.steps(self.name, len(timesteps)) as after_step:
-                return sample(velocity, noise, self.schedule, timesteps, after_step)
+            denoise = self._denoiser(y, torch.zeros_like(y), noise, levels[0], request, progress, fps=fps)
+            with progress.steps(self.name, len(levels) - 1) as after_step:
+                return sample(denoise, noise, levels, after_step)

@@ -16,7 +16,7 @@ from ..models.attention import select_attention
 from ..models.autoencoder import Autoencoder
 from ..models.layers import in_channels_last
 from ..models.unet import UNet
-from ..samplers.velocity import Velocity
+from ..samplers.schedules import Denoiser, NoiseLevel
 from ..settings.configuration import load_settings
 from ..settings.keywords import check_keywords
 from ..settings.record import configuration_sha256, record, to_metadata
@@ -25,7 +25,7 @@ from ..settings.stages import StageSettings
 from ..weights import load_weights
 from ..weights.parts import stage_parts
 from .compilation import CompiledBlocks
-from .denoising import ChunkLimit, guided_velocity
+from .denoising import ChunkLimit, guided_denoiser
 from .devices import device_of, placed_on, resolve_device
 from .generated import GeneratedVideo
 from .latents import decode_latents, latent_size
@@ -155,31 +155,32 @@ class Stage(nn.Module):
                 raise
             raise not_enough(self.settings, request, frames, name, device, self.low_memory) from error
 
-    def _velocity(
+    def _denoiser(
         self,
         y: Tensor,
         negative_y: Tensor,
         x: Tensor,
+        level: NoiseLevel,
         request: Request,
         progress: Progress,
         **conditions: Tensor,
-    ) -> Velocity:
-        """Return what the samplers integrate, for a state like x."""
+    ) -> Denoiser:
+        """Return what the samplers call, compiled for a state like x at a level like its."""
         device = device_of(self.unet)
         if device != self._chunked_for:  # else as it is: out of memory, it has become less
             self._chunk_limit, self._chunked_for = ChunkLimit(chunk_of(device, self.low_memory)), device
 
-        def velocity_for(request: Request) -> Velocity:
-            return guided_velocity(self.unet, y, negative_y, request, self._chunk_limit, **conditions)
+        def denoiser_for(request: Request) -> Denoiser:
+            return guided_denoiser(self.unet, y, negative_y, request, self._chunk_limit, **conditions)
 
         if self._compiled is not None:
             whole = replace(request, guidance_interval=None, reuse_interval=1)
-            sizes = [velocity_for(whole)]
+            sizes = [denoiser_for(whole)]
             if request.guidance_interval is not None:  # there are calls of one branch, too
-                sizes.append(velocity_for(replace(whole, guide_scale=1.0)))
+                sizes.append(denoiser_for(replace(whole, guide_scale=1.0)))
             with progress.phase("compiling", device):
-                self._compiled.prepare(sizes, x)
-        return velocity_for(request)
+                self._compiled.prepare(sizes, x, level)
+        return denoiser_for(request)
 
     def _latent_shape(self, request: Request, frames: int) -> tuple[int, ...]:
         size = latent_size(request.size, self.settings.unet, self.settings.autoencoder.downscale)

@@ -12,15 +12,9 @@ from torch import Tensor
 from ..errors import InvalidInputError
 from ..media.preprocessing import VideoTransform
 from ..media.video import Video, open_video
-from ..samplers.sdedit import (
-    BrownianNoise,
-    SDEditSchedule,
-    dpmpp_2m_sde_levels,
-    heun_levels,
-    published_sigmas,
-    sample_dpmpp_2m_sde,
-    sample_heun,
-)
+from ..samplers.dpmpp import BrownianNoise, sample_dpmpp_2m_sde
+from ..samplers.heun import sample_heun
+from ..samplers.schedules import dpmpp_2m_sde_levels, heun_levels, sdedit_schedule
 from ..settings.record import FIRST_STAGE, from_metadata
 from ..settings.request import Request
 from ..settings.stages import VideoToVideoSettings
@@ -49,7 +43,7 @@ class VideoToVideo(Stage):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.schedule = SDEditSchedule(published_sigmas())
+        self.schedule = sdedit_schedule()
         self.transform = VideoTransform()
         self._embedded_negative_prompt = self.settings.negative_prompt
         self.negative_y = self.encode_text(self.settings.negative_prompt)
@@ -166,11 +160,10 @@ class VideoToVideo(Stage):
 
         # 5. Denoising, guided.
         with self._phase("denoising", progress, request, count, self.unet) as device:
-            noised = self.schedule.noise(x0.to(device), noise.to(device), request.total_noise_levels - 1)
-            velocity = self._velocity(y, negative_y, noised, request, progress)
-            denoise = self.schedule.denoiser(velocity)
+            noised = self.schedule.add_noise(x0.to(device), noise.to(device), request.total_noise_levels - 1)
+            denoise = self._denoiser(y, negative_y, noised, levels[0], request, progress)
             # Variance-exploding would be x / alpha; the published sampling multiplies by s = sigma / alpha.
-            x = noised * levels[0].item()
+            x = noised * levels[0].s
             with progress.steps(self.name, len(levels) - 1) as after_step:
                 if request.solver_mode == "fast":
                     brownian = BrownianNoise(x, levels, [entropy])

@@ -46,7 +46,7 @@ class StagePipeline(Pipeline):
     keyword-only parameters, and no parameter beyond the input that a client may not give.
 
     ``chunk_size`` and ``overlap_size`` (frames, None for the default) say how a long video goes through the
-    network: see ``modelscope_i2v.samplers.velocity.windowed``.
+    network: see ``modelscope_i2v.samplers.windows.windowed``.
     """
 
     model_class: ClassVar[type[StageModel]]

@@ -1,6 +1,7 @@
 """Samplers as functions of a denoiser. They know nothing of networks, prompts or ModelScope.
 
-A *velocity* is a function ``velocity(x, t) -> v`` of a variance-preserving state x [B, C, F, h, w] and an
-integer timestep; guidance and temporal windows wrap one. A *denoiser* is a function of a state and a noise
-level that predicts the clean x0; samplers call one, and a callback ``(step, timestep, x)`` after each step.
+A *denoiser* ``denoise(x, level) -> x0`` predicts the clean latent from a variance-preserving
+x = alpha x0 + sigma n, all [B, C, F, h, w]. A sampler takes one, a state, descending noise levels and a
+callback ``(step, timestep or s, x)`` that it calls after each step. A *velocity* ``velocity(x, level) -> v``
+predicts v = alpha n - sigma x0: guidance and temporal windows wrap one, and ``denoiser`` makes it a denoiser.
 """

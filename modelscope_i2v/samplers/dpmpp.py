@@ -1,65 +1,116 @@
-"""A faster sampler for stage one: DPM-Solver++(2M) (https://arxiv.org/abs/2211.01095), deterministic.
+"""DPM-Solver++(2M), deterministic and as an SDE (https://arxiv.org/abs/2211.01095).
 
-At as many steps it is closer than DDIM to where infinitely many would lead, and so needs fewer; but that is
-another video than the published sampler's.
+At as many steps it is closer than DDIM to where infinitely many would lead, and so needs fewer.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Callable
+from typing import Callable, Sequence
 
 import torch
+import torchsde
 from torch import Tensor
 
-from .ddim import NUM_TIMESTEPS, DDIMSchedule
-from .velocity import Velocity, denoised
+from .schedules import Callback, Denoiser, NoiseLevel
 
-_RHO = 7.0
-
-
-def karras_timesteps(schedule: DDIMSchedule, steps: int) -> list[int]:
-    """The timesteps of ``steps`` calls, descending from 999 to 1, spaced as by Karras et al. with rho 7.
-
-    They are evenly spaced in (sigma / alpha)^(1/7) (https://arxiv.org/abs/2206.00364, equation 5), and so
-    more closely towards the end, where a step of equal length in t is long in lambda. So many steps that
-    two would fall on one timestep are fewer.
-    """
-    ratios = (1.0 / schedule.alphas_cumprod - 1.0).sqrt()  # sigma / alpha, ascending
-    root = ratios[[NUM_TIMESTEPS - 1, 1]] ** (1 / _RHO)
-    wanted = torch.linspace(root[0].item(), root[1].item(), steps, dtype=torch.float64) ** _RHO
-    nearest = (ratios.log() - wanted.log()[:, None]).abs().argmin(dim=1)
-    return nearest.unique().flip(0).tolist()
+#: (s, s_next) -> unit normal noise for the step between them
+NoiseSampler = Callable[[float, float], Tensor]
 
 
 def sample_dpmpp_2m(
-    velocity: Velocity,
-    x: Tensor,
-    schedule: DDIMSchedule,
-    timesteps: list[int],
-    callback: Callable[[int, int, Tensor], None] | None = None,
+    denoise: Denoiser, x: Tensor, levels: Sequence[NoiseLevel], callback: Callback | None = None
 ) -> Tensor:
-    """From the noise x to a clean latent, both [B, C, F, h, w].
+    """Sample with DPM-Solver++(2M), algorithm 2 of the paper.
 
     With lambda = log(alpha / sigma), a step of h in lambda is x' = (sigma' / sigma) x - alpha' (e^-h - 1) D,
-    where D is x0 extrapolated to the step's middle from the prediction before (algorithm 2 of the paper).
+    where D is x0 extrapolated to the step's middle from the prediction before.
     The first and the last step take x0 itself: there is nothing before the one, and the other, down to
     hardly any noise, is so long in lambda that extrapolation would overshoot.
 
-    Arguments as of ``sample_ddim``.
+    Args and result as of ``sample_ddim``.
     """
     previous: Tensor | None = None
     previous_h = 0.0
-    for step, (t, t_next) in enumerate(zip(timesteps, [*timesteps[1:], 0])):
-        alpha, sigma = schedule.level(t)
-        alpha_next, sigma_next = schedule.level(t_next)
-        x0 = denoised(x, velocity(x, t), alpha, sigma)
-        h = math.log(alpha_next / sigma_next) - math.log(alpha / sigma)
+    for step, (level, following) in enumerate(zip(levels, levels[1:])):
+        x0 = denoise(x, level)
+        h = math.log(following.alpha / following.sigma) - math.log(level.alpha / level.sigma)
         target = x0
-        if previous is not None and step < len(timesteps) - 1:
+        if previous is not None and step < len(levels) - 2:
             target = x0 + 0.5 * (h / previous_h) * (x0 - previous)
-        x = (sigma_next / sigma) * x - alpha_next * math.expm1(-h) * target
+        x = (following.sigma / level.sigma) * x - following.alpha * math.expm1(-h) * target
         previous, previous_h = x0, h
         if callback is not None:
-            callback(step, t, x)
+            callback(step, level.t, x)
     return x
+
+
+def sample_dpmpp_2m_sde(
+    denoise: Denoiser,
+    x: Tensor,
+    levels: Sequence[NoiseLevel],
+    noise: NoiseSampler,
+    callback: Callback | None = None,
+) -> Tensor:
+    """Sample with DPM-Solver++(2M) SDE, midpoint, eta 1 (appendix of the paper).
+
+    Args:
+        denoise: predicts x0.
+        x: the variance-exploding state x0 + s n at levels[0], [B, C, F, h, w].
+        levels: descending, the last with s = 0.
+        noise: the noise of a step; not called for the last one.
+        callback: called with (step, s, x) after each step.
+
+    Returns:
+        x0.
+    """
+    previous: Tensor | None = None
+    previous_h = 0.0
+    for step, (level, following) in enumerate(zip(levels, levels[1:])):
+        s, s_next = level.s, following.s
+        x0 = denoise(x / math.sqrt(1.0 + s**2), level)
+        if s_next == 0:
+            x = x0
+        else:
+            h = math.log(s / s_next)  # the step in log-SNR / 2
+            target = x0
+            if previous is not None:
+                target = x0 + 0.5 * (h / previous_h) * (x0 - previous)  # linear extrapolation to the midpoint
+            x = (s_next / s) * math.exp(-h) * x - math.expm1(-2 * h) * target
+            x = x + s_next * math.sqrt(-math.expm1(-2 * h)) * noise(s, s_next)
+            previous, previous_h = x0, h
+        if callback is not None:
+            callback(step, s, x)
+    return x
+
+
+class BrownianNoise:
+    """Noise of a step from a Brownian tree over s, one tree a sample, drawn on the CPU.
+
+    The same entropy gives the same path whatever the steps and the device
+    (https://arxiv.org/abs/2001.01328, as ``torchsde.BrownianTree``).
+
+    Args:
+        x: a state [B, C, F, h, w], for its shape and device.
+        levels: of the steps, for the smallest positive s and the largest.
+        entropies: B seeds.
+    """
+
+    def __init__(self, x: Tensor, levels: Sequence[NoiseLevel], entropies: Sequence[int]):
+        positive = [level.s for level in levels if level.s > 0]
+        start, end = self._rounded(min(positive)), self._rounded(max(positive))
+        self.device = x.device
+        zero = torch.zeros(1, *x.shape[1:])
+        # With a single level the interval is a point, and no noise is ever asked for.
+        end = end if end > start else start + 1.0
+        self.trees = [torchsde.BrownianTree(start, zero, end, entropy=entropy) for entropy in entropies]
+
+    @staticmethod
+    def _rounded(s: float) -> float:
+        # To the tree's own resolution: it warns of a query that lies beyond its rounded ends.
+        return round(s, 6)
+
+    def __call__(self, s: float, s_next: float) -> Tensor:
+        """Return (W(s_next) - W(s)) / sqrt(s - s_next), of x's shape, for s > s_next > 0."""
+        increments = torch.cat([tree(self._rounded(s_next), self._rounded(s)) for tree in self.trees])
+        return (-increments / math.sqrt(s - s_next)).to(self.device)

@@ -21,8 +21,7 @@ from ..media.preprocessing import ClipImageTransform
 from ..models.autoencoder import SCALE_FACTOR, Autoencoder, AutoencoderConfig
 from ..models.clip import ClipConfig, ClipTextEncoder
 from ..models.unet import UNet, UNetConfig
-from ..samplers.ddim import DDIMSchedule
-from ..samplers.sdedit import SDEditSchedule, published_sigmas
+from ..samplers.schedules import sdedit_schedule, stable_diffusion_schedule
 from ..settings.stages import DEFAULT_NEGATIVE_PROMPT, DEFAULT_POSITIVE_PROMPT
 from . import losses
 from .initialisation import start_as_resampling, start_clip, start_unet
@@ -264,7 +263,7 @@ class ImageToVideoPhase(Phase[FirstStage]):
         visual = start_clip(CLIP).visual
         visual.load_state_dict(torch.load(folder / "tower.pt", weights_only=True))
         self.network = FirstStage(visual)
-        self._schedule = DDIMSchedule()
+        self._schedule = stable_diffusion_schedule()
         self._shards: dict[Path, dict[str, Tensor]] = {}
 
     def _clips(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -293,8 +292,7 @@ class ImageToVideoPhase(Phase[FirstStage]):
         y = self.network.visual(pictures)[:, None]
         y = y * (torch.rand(len(y), 1, 1, generator=generator) > 0.1)
         t = self._timesteps(len(y), generator)
-        alpha_squared = self._schedule.alphas_cumprod[t].float()
-        alpha, sigma = alpha_squared.sqrt(), (1 - alpha_squared).sqrt()
+        alpha, sigma = self._schedule.alphas[t].float(), self._schedule.sigmas[t].float()
         noise = torch.randn(x0.shape, generator=generator)
         noise += 0.1 * torch.randn((*x0.shape[:3], 1, 1), generator=generator)
         # Sampling starts from noise alone: the network is not to look for a scene in it.
@@ -376,7 +374,7 @@ class VideoToVideoPhase(Phase[SecondStage]):
         self.folder = folder
         torch.manual_seed(3)
         self.network = SecondStage(torch.load(folder / "image_to_video.pt", weights_only=True))
-        self._schedule = SDEditSchedule(published_sigmas())
+        self._schedule = sdedit_schedule()
         self._shards: list[dict[str, Any]] = [
             torch.load(path, weights_only=True) for path in sorted((folder / "large_latents").glob("*.pt"))
         ]

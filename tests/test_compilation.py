@@ -76,7 +76,7 @@ def test_where_it_cannot_compile_that_is_an_error():
 
 
 def test_the_setting_compiles_and_says_how_long_it_took(small_model, picture, caplog, monkeypatch):
-    monkeypatch.setattr("modelscope_i2v.plugin.models.CompiledBlocks", eager_blocks)
+    monkeypatch.setattr("modelscope_i2v.engine.stage.CompiledBlocks", eager_blocks)
     pipe = pipeline("image-to-video", model=str(small_model[0]), device="cpu", compile=True)
     plain = pipeline("image-to-video", model=str(small_model[0]), device="cpu")
     modes = {"reuse_interval": 2, "guidance_interval": [300, 999]}

@@ -8,12 +8,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
-import types
 import zlib
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Mapping
 
 import numpy as np
 import torch
@@ -52,7 +49,7 @@ SMALL_SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def random_weight(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
-    """A parameter's random value, float32, which depends on nothing but its name, its shape and the seed.
+    """Return a parameter's random value, float32: of nothing but its name, its shape and the seed.
 
     Two or more dimensions: normal with variance 1 / fan-in. One: about 1 for a norm's weight, about 0 for a
     bias. None: 1.
@@ -67,7 +64,7 @@ def random_weight(name: str, shape: tuple[int, ...], seed: int = 0) -> np.ndarra
 
 
 def random_state_dict(module: nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random values for every parameter of a module, which may be on the meta device."""
+    """Return random values for every parameter of a module, which may be on the meta device."""
     return {
         name: torch.from_numpy(np.asarray(random_weight(name, tuple(value.shape), seed)))
         for name, value in module.state_dict().items()
@@ -140,7 +137,7 @@ def _write_unet(path: Path, stage: type[StageSettings], seed: int) -> None:
 
 
 def _write_autoencoder(path: Path, seed: int) -> None:
-    """A Stable Diffusion checkpoint: the autoencoder among foreign keys, and a pickled foreign class."""
+    """Write a Stable Diffusion checkpoint: the autoencoder among foreign keys and a foreign object."""
     ddconfig = _AUTOENCODER["ddconfig"]
     config = AutoencoderConfig(**{**ddconfig, "ch_mult": tuple(ddconfig["ch_mult"])})
     with torch.device("meta"):
@@ -150,33 +147,7 @@ def _write_autoencoder(path: Path, seed: int) -> None:
     }
     state["model.diffusion_model.time_embed.0.weight"] = torch.zeros(8, 8)
     state["cond_stage_model.model.logit_scale"] = torch.ones(())
-    with _lightning_callback() as callback:
-        contents = {
-            "epoch": 0,
-            "global_step": np.int64(875_000),
-            "state_dict": state,
-            "callbacks": {callback: {"best_model_score": np.float64(0.5)}},
-        }
-        torch.save(contents, path)
-
-
-@contextmanager
-def _lightning_callback() -> Iterator[Callable]:
-    """pytorch_lightning's checkpoint class, as a pickle names it, whether or not it is installed."""
-    name = "pytorch_lightning.callbacks.model_checkpoint"
-    parts = [".".join(name.split(".")[:count]) for count in (1, 2, 3)]
-    replaced = {part: sys.modules.get(part) for part in parts}
-    callback = type("ModelCheckpoint", (), {"__module__": name})
-    try:
-        sys.modules.update({part: types.ModuleType(part) for part in parts})
-        vars(sys.modules[name])["ModelCheckpoint"] = callback
-        yield callback
-    finally:
-        for part, module in replaced.items():
-            if module is None:
-                del sys.modules[part]
-            else:
-                sys.modules[part] = module
+    torch.save({"epoch": 0, "global_step": np.int64(875_000), "state_dict": state}, path)
 
 
 def _link(source: Path, target: Path) -> None:

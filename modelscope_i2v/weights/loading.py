@@ -10,6 +10,7 @@ memory a second time, and one that is cut short meanwhile, by a download, would 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
         self._file = file
         self._size = os.fstat(file.fileno()).st_size
         self._locate = contents.locate
+        self._buffer = torch.empty(16 * _PIECE, dtype=torch.uint8, device="cpu")  # of any dtype; used again
         self._tensors: dict[str, StoredTensor] = {}
         self.others: dict[str, str] = {}
         for key, value in contents.state.items():
@@ -146,29 +148,30 @@ class Checkpoint(Mapping[str, StoredTensor]):
                     f"its tensor {key!r} of shape {list(stored.shape)} is larger than the file"
                 )
             data = torch.empty(stored.span, dtype=dtype, device=device or "cpu")
-            may_be_finite = self._fill(data, stored)
+            finite = self._fill(data, stored)
             tensor = data.as_strided(stored.shape, stored.stride).contiguous()
-            if not may_be_finite and not tensor.double().isfinite().all():
+            if not finite and not tensor.double().isfinite().all():
                 # Raises, too, if the numbers are not finite before the cast.
                 largest = self.read(key).abs().max().item() if dtype != stored.dtype else None
                 raise NotFiniteError(self.path, {self._prefix + key: _describe_overflow(dtype, largest)})
         return tensor
 
     def _fill(self, data: torch.Tensor, stored: StoredTensor) -> bool:
-        """Read a tensor's span, and return whether sums over it are finite: then its elements are, too."""
+        """Read a tensor, cast on the way; return whether its sums are finite, and so its numbers."""
         self._file.seek(self._locate(stored.storage) + stored.offset * stored.dtype.itemsize)
         direct = data.device.type == "cpu" and data.dtype == stored.dtype
-        buffer = data if direct else torch.empty(min(_PIECE, len(data)), dtype=stored.dtype, device="cpu")
         finite = True
         for piece in data.split(_PIECE):
-            source = piece if direct else buffer[: len(piece)]
-            memory = source.view(torch.uint8).numpy().data
-            if self._file.readinto(memory) != len(memory):
+            count = len(piece) * stored.dtype.itemsize
+            source = piece if direct else self._buffer[:count].view(stored.dtype)
+            if self._file.readinto(source.view(torch.uint8).numpy().data) != count:
                 raise CheckpointError("it is cut short: it ends amid a tensor; download it again")
             if not direct:
                 piece.copy_(source)
             if data.is_floating_point():
-                finite = finite and bool(piece.float().sum().isfinite())
+                # float16 and narrower ones have no room for a sum.
+                numbers = piece if data.dtype in (torch.float32, torch.bfloat16) else piece.float()
+                finite = finite and math.isfinite(numbers.sum().item())
         return finite
 
 

@@ -69,7 +69,7 @@ PHASES = {
     (STAGES[0], "within a step"): (UNet, "forward"),
     (STAGES[0], "decoding"): (Autoencoder, "decode"),
     (STAGES[0], "writing"): ("modelscope_i2v.media.video_writing._to_yuv",),
-    (STAGES[1], "reading"): ("modelscope_i2v.plugin.pipelines.read_video",),
+    (STAGES[1], "reading"): ("modelscope_i2v.engine.video_to_video.open_video",),
     (STAGES[1], "clip"): (ClipTextEncoder, "forward"),
     (STAGES[1], "encoding"): (Autoencoder, "encode"),
     (STAGES[1], "within a step"): (UNet, "forward"),
@@ -318,7 +318,7 @@ def test_no_other_program_is_started(pipes, inputs, tmp_path, monkeypatch):
 
 def test_errors_are_few_and_each_is_the_matching_builtin():
     classes = {each for each in vars(errors).values() if isinstance(each, type)} - {errors.I2VError}
-    assert len(classes) <= 7
+    assert len(classes) <= 9
     for each in classes:
         assert issubclass(each, errors.I2VError) and each.__bases__[1].__module__ == "builtins"
         raised = each("words")  # ModelScope raises them anew, from their class and one text

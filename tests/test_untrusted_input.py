@@ -55,17 +55,15 @@ def test_a_wrong_weights_file_is_named_by_modelscopes_own_call(
 
 
 def test_a_video_of_more_frames_than_allowed_is_refused_before_work(pipes, inputs, monkeypatch):
-    pipe, stage = pipes[STAGES[1]], STAGES[1]
+    pipe = pipes[STAGES[1]]
     long = video_bytes(moving_frames(12, 40, 64))
     monkeypatch.setattr(pipe.model.cfg, "limit_frames", 8)
     read, steps = [], []
-    transform = pipe.preprocessor.transform
-    monkeypatch.setattr(
-        pipe.preprocessor, "transform", lambda frames: read.append(len(frames)) or transform(frames)
-    )
+    stage, transform = pipe.model.stage, pipe.model.stage.transform
+    monkeypatch.setattr(stage, "transform", lambda frames: read.append(len(frames)) or transform(frames))
     with pytest.raises(InvalidInputError, match="has 9 frames or more; limit_frames allows 8.*raise limit_f"):
         pipe(long, callback=lambda *step: steps.append(step))
-    assert read == [9] and not steps
+    assert read == [1] * 9 and not steps
     with pytest.raises(InvalidInputError, match="limit_frames allows 8"):
         pipe.model({"video_data": torch.zeros(9, 3, 16, 16)})
     pipe.model.cfg.limit_frames = 12
@@ -73,7 +71,7 @@ def test_a_video_of_more_frames_than_allowed_is_refused_before_work(pipes, input
     pipe.model.cfg.limit_frames = 1024
     monkeypatch.setattr(pipe.model.cfg, "max_frames", 10_000)
     assert len(read_video(video_of(pipe(long, steps=1))).frames) == 12
-    assert len(read_video(video_of(pipe(inputs[stage], steps=1))).frames) == 4
+    assert len(read_video(video_of(pipe(inputs[STAGES[1]], steps=1))).frames) == 4
 
 
 def test_limits_are_keywords_of_the_pipeline(small_model, inputs):

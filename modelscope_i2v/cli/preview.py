@@ -33,6 +33,7 @@ def _seeds(text: str) -> list[int]:
 
 
 def _preview(arguments: argparse.Namespace) -> None:
+    from ..engine.image_to_video import ImageToVideo
     from ..engine.previews import generate_previews
     from ..media.images import open_image
     from ..settings.keywords import check_keywords
@@ -44,7 +45,7 @@ def _preview(arguments: argparse.Namespace) -> None:
     settings = loading_values(arguments)
     run = StageRun("image-to-video", os.path.expanduser(arguments.model), settings, keywords)
     run.check()
-    stage = run.downloaded().load()
+    stage = ImageToVideo.load(run.downloaded().model, **settings)
     generate_previews(stage, image, arguments.seeds, arguments.output, **keywords)
     echo(f"{os.path.join(arguments.output, 'contact_sheet.png')}: {len(arguments.seeds)} videos beside it")
 

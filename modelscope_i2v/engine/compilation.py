@@ -45,7 +45,8 @@ class CompiledBlocks:
         self._count = len(blocks)
         try:
             for block in blocks:
-                block.forward = torch.compile(block.forward, dynamic=False, backend=backend)
+                compiled = torch.compile(block.forward, dynamic=False, backend=backend)
+                setattr(block, "forward", compiled)  # noqa: B010 - a method, to a type checker
         except RuntimeError as error:
             raise _refusal(error) from error
 

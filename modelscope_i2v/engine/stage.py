@@ -75,7 +75,8 @@ class Stage(nn.Module):
                 layout=in_channels_last,
             )
             setattr(self, name, part.network)
-        self._chunk_limit, self._chunked_for = ChunkLimit(0), None
+        self._chunk_limit = ChunkLimit(0)
+        self._chunked_for: torch.device | None = None
         self._compiled = CompiledBlocks(self.unet) if settings.compile else None
         self._one_at_a_time = threading.RLock()
         self.eval().requires_grad_(False)

@@ -37,7 +37,7 @@ def windowed(velocity: WindowVelocity, size: int, overlap: int) -> Velocity:
             return velocity(x, level, 0)
         ramp = torch.arange(1, size + 1, device=x.device, dtype=x.dtype)
         weight = torch.minimum(ramp, ramp.flip(0)).clamp_max(overlap + 1).view(-1, 1, 1)
-        total, weights = 0.0, x.new_zeros(frames, 1, 1)
+        total, weights = x.new_zeros(()), x.new_zeros(frames, 1, 1)
         for start in window_starts(frames, size, overlap):
             window = slice(start, start + size)
             padding = (0, 0, 0, 0, start, frames - start - size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import InvalidInputError
+from ..errors import InvalidInputError
 
 Frames = NDArray[np.uint8]
 

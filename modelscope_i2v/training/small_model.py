@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .. import __version__
 from ..media.preprocessing import ClipImageTransform
 from ..models.autoencoder import SCALE_FACTOR, Autoencoder, AutoencoderConfig
 from ..models.clip import ClipConfig, ClipTextEncoder
@@ -40,8 +41,7 @@ CLIP: dict[str, Any] = {
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 2},
 }
 CONTEXT, TOKENS = 64, 16
-GUIDANCE = 1.5
-NOISE_LEVELS = 200
+NOISE_LEVELS = 50
 UNET: dict[str, Any] = {
     "in_dim": LATENTS, "out_dim": LATENTS, "dim": 24, "dim_mult": (1, 2, 3), "num_heads": 2, "head_dim": 24,
     "num_res_blocks": 1, "attn_scales": (0.25,), "num_groups": 8,
@@ -254,7 +254,7 @@ class ImageToVideoPhase(Phase[FirstStage]):
     """The velocity of a clip's latents, from its first frame's embedding."""
 
     steps, rate = 1500, 1.2e-3
-    rate_factors = {"visual.": 0.1}
+    rate_factors = {"visual.": 0.1, "unet.context_embedding": 1.5}
     batch, first_share = 8, 0.65
 
     def __init__(self, folder: Path):
@@ -286,7 +286,7 @@ class ImageToVideoPhase(Phase[FirstStage]):
         return torch.where(torch.rand(count, generator=generator) < self.first_share, 999, t)
 
     def loss(self, generator: torch.Generator, step: int) -> tuple[Tensor, dict[str, float]]:
-        images = torch.rand((), generator=generator) < 1 / 4
+        images = torch.rand((), generator=generator) < 0.4
         latents, pictures = self._clips(4 * self.batch if images else self.batch, generator)
         x0 = latents[:, :, :1] if images else latents
         y = self.network.visual(pictures)[:, None]
@@ -365,10 +365,10 @@ class VideoToVideoPhase(Phase[SecondStage]):
     prompt, which is how that comes to mean something.
     """
 
-    steps, rate = 500, 8e-4
+    steps, rate = 400, 1e-3
     rate_factors = {"text.": 0.5}
-    batch = 4
-    lowest, highest = 40, NOISE_LEVELS
+    batch = 2
+    lowest, highest = 5, NOISE_LEVELS
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -404,7 +404,7 @@ class VideoToVideoPhase(Phase[SecondStage]):
         xt = alpha * start + sigma * torch.randn(start.shape, generator=generator)
         v = self.network.unet(xt, t, self.network.text(texts))
         errors = (alpha * xt - sigma * v - x0).square().flatten(1).mean(1)  # of the clean latents
-        loss = (errors / sigma.flatten().square()).mean()
+        loss = (errors / (sigma.flatten().square() + 0.02)).mean()
         return loss, {"x0": errors.mean().item(), "enlarged": (enlarged - x0).square().mean().item()}
 
     def save(self, network: SecondStage) -> None:
@@ -429,7 +429,7 @@ def configuration() -> dict[str, Any]:
             "model_args": {**files, "ckpt_unet": "image_to_video.safetensors", "seed": 666},
             "model_cfg": {
                 **shared, "latent_hei": SIZE[1] // 4, "latent_wid": SIZE[0] // 4,
-                "steps": 25, "guide_scale": GUIDANCE,
+                "solver": "dpmpp", "steps": 2, "guide_scale": 1.0,
                 "UNet": {**unet, "y_dim": CLIP["embed_dim"], "context_dim": CONTEXT, "num_tokens": TOKENS},
             },
         },
@@ -440,7 +440,7 @@ def configuration() -> dict[str, Any]:
             },
             "model_cfg": {
                 **shared, "latent_hei": LARGE_SIZE[1] // 4, "latent_wid": LARGE_SIZE[0] // 4,
-                "steps": 4, "guide_scale": 1.0, "total_noise_levels": NOISE_LEVELS,
+                "steps": 2, "guide_scale": 1.0, "total_noise_levels": NOISE_LEVELS,
                 "UNet": {**unet, "y_dim": text_width, "context_dim": text_width},
             },
         },
@@ -472,7 +472,30 @@ def write_model(folder: Path, out: Path) -> None:
     for name, state in states.items():
         halves = {key: value.half().contiguous() for key, value in state.items()}
         save_file(halves, out / f"{name}.safetensors", metadata={"format": "pt"})
-    (out / "configuration.json").write_text(json.dumps(configuration(), indent=2) + "\n", encoding="utf-8")
+    for name, contents in (("configuration", configuration()), ("training", training_record(folder))):
+        (out / f"{name}.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def training_record(folder: Path) -> dict[str, Any]:
+    """What a run's figures say of each phase: steps, processor time, the last scores."""
+    phases = {}
+    for name in PHASES:
+        lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        entries = [json.loads(line) for line in lines]
+        # The seconds start again from 0 where a phase was continued.
+        parts = zip(entries, [*entries[1:], {"seconds": 0.0}])
+        seconds = sum(entry["seconds"] for entry, after in parts if after["seconds"] < entry["seconds"])
+        figures: dict[str, float] = {}
+        for entry in entries:
+            figures.update(entry)
+        figures.pop("seconds")
+        phases[name] = {"cpu_minutes": round(seconds / 60, 1), "figures": figures}
+    return {
+        "code": __version__,
+        "seeds": [0, TRAINING_SEEDS - 1],
+        "cpu_minutes": round(sum(phase["cpu_minutes"] for phase in phases.values()), 1),
+        "phases": phases,
+    }
 
 
 PHASES = {

@@ -41,7 +41,7 @@ CLIP: dict[str, Any] = {
     "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 16, "heads": 1, "layers": 2},
 }
 CONTEXT, TOKENS = 64, 16
-NOISE_LEVELS = 50
+NOISE_LEVELS = 600  # the sampler takes its start for pure noise: fewer than 500 would dim the video
 UNET: dict[str, Any] = {
     "in_dim": LATENTS, "out_dim": LATENTS, "dim": 24, "dim_mult": (1, 2, 3), "num_heads": 2, "head_dim": 24,
     "num_res_blocks": 1, "attn_scales": (0.25,), "num_groups": 8,
@@ -440,7 +440,7 @@ def configuration() -> dict[str, Any]:
             },
             "model_cfg": {
                 **shared, "latent_hei": LARGE_SIZE[1] // 4, "latent_wid": LARGE_SIZE[0] // 4,
-                "steps": 2, "guide_scale": 1.0, "total_noise_levels": NOISE_LEVELS,
+                "steps": 4, "guide_scale": 1.0, "total_noise_levels": NOISE_LEVELS,
                 "UNet": {**unet, "y_dim": text_width, "context_dim": text_width},
             },
         },
@@ -449,7 +449,7 @@ def configuration() -> dict[str, Any]:
 
 
 def write_model(folder: Path, out: Path) -> None:
-    """Put a model folder together from a run's weights, in half precision."""
+    """Put a model folder together from a run's weights, in half precision; of stage one, if that is all."""
     out.mkdir(parents=True, exist_ok=True)
 
     def weights(name: str) -> dict[str, Tensor]:
@@ -458,7 +458,9 @@ def write_model(folder: Path, out: Path) -> None:
     torch.manual_seed(4)
     clip = start_clip(CLIP).state_dict()
     clip.update({f"visual.{name}": value for name, value in weights("tower_joint").items()})
-    clip.update(weights("text_tower"))
+    both = (folder / "video_to_video.pt").exists()
+    if both:
+        clip.update(weights("text_tower"))
     used = open_clip.tokenize(ALL_TEXTS, context_length=CLIP["text_cfg"]["context_length"]).unique()
     table = clip["token_embedding.weight"]
     clip["token_embedding.weight"] = torch.zeros_like(table).index_copy(0, used, table[used])
@@ -467,12 +469,16 @@ def write_model(folder: Path, out: Path) -> None:
         "clip": clip,
         "autoencoder": autoencoder,
         "image_to_video": weights("image_to_video"),
-        "video_to_video": weights("video_to_video"),
     }
+    settings = configuration()
+    if both:
+        states["video_to_video"] = weights("video_to_video")
+    else:
+        del settings["video_to_video"]
     for name, state in states.items():
         halves = {key: value.half().contiguous() for key, value in state.items()}
         save_file(halves, out / f"{name}.safetensors", metadata={"format": "pt"})
-    for name, contents in (("configuration", configuration()), ("training", training_record(folder))):
+    for name, contents in (("configuration", settings), ("training", training_record(folder))):
         (out / f"{name}.json").write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
 
 
@@ -480,6 +486,8 @@ def training_record(folder: Path) -> dict[str, Any]:
     """What a run's figures say of each phase: steps, processor time, the last scores."""
     phases = {}
     for name in PHASES:
+        if not (folder / f"{name}.jsonl").exists():
+            continue
         lines = (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         entries = [json.loads(line) for line in lines]
         # The seconds start again from 0 where a phase was continued.

@@ -17,6 +17,7 @@ EXAMPLE_IMAGE = Path(__file__).parents[1] / "assets" / "example.jpg"
 
 def cache_folder() -> Path:
     """Return where this platform keeps what a program can make again."""
+    base: str | Path
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
     elif sys.platform == "darwin":

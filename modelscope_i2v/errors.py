@@ -86,4 +86,5 @@ def is_out_of_memory(error: BaseException) -> bool:
     # The CPU's allocator, CUDA's and CUDA's libraries raise RuntimeErrors.
     words = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
     is_worded_so = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
-    return isinstance(error, MemoryError) or is_worded_so
+    is_torchs = type(error).__name__ == "OutOfMemoryError"  # which is not imported here
+    return isinstance(error, MemoryError) or is_torchs or is_worded_so

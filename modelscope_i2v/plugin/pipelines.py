@@ -16,7 +16,7 @@ from ..engine.generated import GeneratedVideo
 from ..engine.previews import generate_previews
 from ..engine.progress import Progress
 from ..engine.two_stages import describes_second_stage
-from ..errors import ConfigurationError, InvalidInputError
+from ..errors import ConfigurationError, InvalidInputError, describe
 from ..media.files import local_path
 from ..settings.keywords import check_keywords, keywords_of, split_keywords
 from ..settings.request import Request
@@ -183,7 +183,7 @@ def _names(keyword: str, names: Any, count: int) -> list[Any]:
         allowed = "True or " if keyword == "keep_first" else ""
         raise InvalidInputError(
             f"{keyword}: for a list of {count} inputs {allowed}a list of {count} paths is needed, "
-            f"got {names!r}"
+            f"got {describe(names)}"
         )
     return list(names)
 

@@ -42,8 +42,8 @@ def resolve_outputs(names: Iterable[Any]) -> list[Output | None]:
         target = os.path.normcase(os.path.realpath(output.path))
         if target in names_by_target:
             raise InvalidInputError(
-                f"output_video: {describe(output.name)} and {describe(names_by_target[target])} are one file; "
-                "give each video a file of its own"
+                f"output_video: {describe(output.name)} and {describe(names_by_target[target])} are one "
+                "file; give each video a file of its own"
             )
         names_by_target[target] = output.name
         outputs.append(output)

@@ -168,10 +168,10 @@ class Checkpoint(Mapping[str, StoredTensor]):
                 raise CheckpointError("it is cut short: it ends amid a tensor; download it again")
             if not direct:
                 piece.copy_(source)
-            if data.is_floating_point():
-                # float16 and narrower ones have no room for a sum.
-                numbers = piece if data.dtype in (torch.float32, torch.bfloat16) else piece.float()
-                finite = finite and math.isfinite(numbers.sum().item())
+            if finite and data.is_floating_point():
+                finite = data.dtype.itemsize > 1 and math.isfinite(piece.sum().item())
+                # A sum that float16 has no room for, or of a type that cannot be summed.
+                finite = finite or math.isfinite(piece.float().sum().item())
         return finite
 
 

@@ -20,13 +20,14 @@ from conftest import TINY_SETTINGS
 from modelscope_i2v import __version__, cli
 from modelscope_i2v.cli import demo_model, main
 from modelscope_i2v.cli.stages import StageRun
-from modelscope_i2v.engine.precision import precision_name, select_dtype
+from modelscope_i2v.engine.precision import select_dtype
 from modelscope_i2v.engine.progress import Progress
 from modelscope_i2v.engine.stage import Stage
 from modelscope_i2v.media.images import open_image
 from modelscope_i2v.media.video import read_video, write_video
 from modelscope_i2v.settings.stages import PRECISION_CHOICES, call_settings
 from modelscope_i2v.weights import small_model
+from modelscope_i2v.weights.loading import precision_name
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST_SIZE, SECOND_SIZE = (64, 128), (80, 128)  # of TINY_SETTINGS: height, width

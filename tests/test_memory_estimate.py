@@ -13,13 +13,13 @@ from tiny_networks import channels_last
 
 from modelscope_i2v.engine.memory.estimate import chunk_of, estimate_memory, memory_in_words
 from modelscope_i2v.engine.memory.limits import check_limits
-from modelscope_i2v.engine.precision import precision_name
 from modelscope_i2v.errors import InvalidInputError
 from modelscope_i2v.models.unet import UNet, UNetConfig
 from modelscope_i2v.settings.configuration import load_settings
 from modelscope_i2v.settings.keywords import check_keywords
 from modelscope_i2v.settings.request import Request
 from modelscope_i2v.settings.stages import ImageToVideoSettings, VideoToVideoSettings
+from modelscope_i2v.weights.loading import precision_name
 
 ONE, TWO = ImageToVideoSettings, VideoToVideoSettings
 GIB = 2**30
@@ -101,6 +101,10 @@ def test_the_estimate_follows_window_size_width_and_precision():
     assert (full.weights, full.networks) == (2 * base.weights, pytest.approx(2 * base.networks))
     narrow = TWO(unet=UNetConfig(image_conditioned=False, row_padding=2, dim=64), decoder_bs=1)
     assert estimate_memory(narrow, size, 64, 32).activations < 0.8 * base.activations
+    assert (
+        estimate_memory(narrow, size, 64, 32).activations
+        < 0.55 * estimate_memory(TWO(), size, 64, 32).activations
+    )
 
 
 def test_the_estimate_leaves_the_global_random_state_alone():

@@ -14,7 +14,14 @@ import traceback
 from typing import Sequence
 
 from .. import __version__
-from ..errors import ConfigurationError, I2VError, InvalidInputError, MissingFileError, MissingPackageError
+from ..errors import (
+    ConfigurationError,
+    I2VError,
+    InvalidInputError,
+    MissingFileError,
+    MissingPackageError,
+    is_out_of_memory,
+)
 from .command import PROGRAM
 from .convert import CONVERT
 from .demo import DEMO
@@ -55,16 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         return 141
     except Exception as error:
-        if not (isinstance(error, (I2VError, MemoryError)) or _is_out_of_gpu_memory(error)):
+        if not (isinstance(error, I2VError) or is_out_of_memory(error)):
             raise  # a bug: its traceback is what a report needs
         if arguments.debug:
             traceback.print_exc()
         print(f"{PROGRAM}: error: {_words(error)}", file=sys.stderr)
         return 2 if isinstance(error, _EXIT_WITH_2) else 1
-
-
-def _is_out_of_gpu_memory(error: Exception) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported here
 
 
 def _words(error: Exception) -> str:

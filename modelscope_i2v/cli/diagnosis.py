@@ -88,9 +88,10 @@ def _device() -> Iterator[Finding]:
     import torch
 
     from ..engine.memory.estimate import choose_low_memory
-    from ..engine.precision import precision_name, select_dtype
+    from ..engine.precision import select_dtype
     from ..models.attention import select_attention
     from ..settings.stages import ImageToVideoSettings, VideoToVideoSettings
+    from ..weights.loading import precision_name
 
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())

@@ -14,8 +14,8 @@ from ..samplers.guidance import denoiser, guided, guided_within
 from ..samplers.schedules import Denoiser, NoiseLevel
 from ..samplers.windows import windowed
 from ..settings.request import Request
+from ..weights.loading import precision_name
 from .memory.out_of_memory import with_less_at_a_time
-from .precision import precision_name
 
 #: Up to so many latent positions (b f h w), by device, both branches of guidance go through the UNet
 #: together: its deep levels are too small for the device to be busy with one.

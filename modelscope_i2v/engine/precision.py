@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from ..weights.loading import PRECISIONS
 
 #: What a processor that multiplies bfloat16 says of itself; others convert, and are slower than in fp32.
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
@@ -19,15 +19,10 @@ def select_dtype(precision: str, device: torch.device) -> torch.dtype:
     ``auto`` is float16 on CUDA, bfloat16 on a CPU that has it in hardware, and float32 elsewhere.
     """
     if precision != "auto":
-        return _DTYPES[precision]
+        return PRECISIONS[precision]
     if device.type == "cuda":
         return torch.float16
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
-
-
-def precision_name(dtype: torch.dtype) -> str:
-    """The setting that gives a type."""
-    return next((name for name, each in _DTYPES.items() if each == dtype), str(dtype))
 
 
 @functools.lru_cache(maxsize=None)

@@ -23,6 +23,7 @@ from ..settings.record import configuration_sha256, record, to_metadata
 from ..settings.request import Request
 from ..settings.stages import StageSettings
 from ..weights import load_weights
+from ..weights.loading import precision_name
 from ..weights.parts import stage_parts
 from .compilation import CompiledBlocks
 from .denoising import ChunkLimit, guided_denoiser
@@ -32,7 +33,7 @@ from .latents import decode_latents, latent_size
 from .memory.estimate import choose_low_memory, chunk_of
 from .memory.limits import check_limits
 from .memory.out_of_memory import OutOfMemory, is_out_of_memory, not_enough
-from .precision import precision_name, select_dtype
+from .precision import select_dtype
 from .progress import Progress
 
 AnyStage = TypeVar("AnyStage", bound="Stage")
@@ -138,7 +139,7 @@ class Stage(nn.Module):
     ) -> GeneratedVideo:
         """Decode latents [1, 4, F, h, w] into the result of a call; ``more`` goes into its record."""
         frames = self.decode(latents, request, progress, to_uint8=True)[0].numpy()
-        precision = precision_name(next(self.unet.parameters()).dtype)
+        precision = precision_name(self.unet.dtype)
         entries = {**record(request, self.folder, self.configuration_sha256, precision), **more}
         return GeneratedVideo(frames, entries["fps"], to_metadata(entries), entries, progress.seconds)
 

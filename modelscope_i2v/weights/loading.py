@@ -34,10 +34,16 @@ from .pickles import StoredTensor
 
 Device = Union[str, torch.device, None]
 
+#: Types that weights may be cast to, by the setting that names them.
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 #: Elements that are read at a time: 4 MB in float32.
 _PIECE = 2**20
+
+
+def precision_name(dtype: torch.dtype) -> str:
+    """Return the setting that gives a type."""
+    return next((name for name, each in PRECISIONS.items() if each == dtype), str(dtype))
 
 
 class NotFiniteError(CheckpointError):
@@ -178,7 +184,7 @@ class Checkpoint(Mapping[str, StoredTensor]):
 def _describe_overflow(dtype: torch.dtype, largest: float | None) -> str:
     if largest is None:
         return "NaN or infinity in the file: download it again"
-    precision = next((name for name, each in PRECISIONS.items() if each == dtype), str(dtype))
+    precision = precision_name(dtype)
     wider = "bf16 or fp32" if precision == "fp16" else "fp32"
     return f"{largest:g}, and {precision} goes up to {torch.finfo(dtype).max:g}: use precision {wider}"
 

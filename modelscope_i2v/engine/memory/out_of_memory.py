@@ -12,7 +12,8 @@ import torch
 from ...errors import NotEnoughMemoryError, is_out_of_memory
 from ...settings.request import Request
 from ...settings.stages import StageSettings
-from ..precision import precision_name, select_dtype
+from ...weights.loading import precision_name
+from ..precision import select_dtype
 from .estimate import estimate_memory, in_gigabytes
 
 logger = logging.getLogger(__name__)

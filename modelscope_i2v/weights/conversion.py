@@ -7,24 +7,22 @@ casting a weight when it is converted or when it is loaded is the same.
 from __future__ import annotations
 
 import copy
-import itertools
 import json
-import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..errors import CheckpointError, ConfigurationError, InvalidInputError, OutputError
+from ..errors import ConfigurationError, I2VError, InvalidInputError, OutputError
 from ..media.files import local_path
 from ..settings.configuration import (
     FILE_NAME,
@@ -35,23 +33,16 @@ from ..settings.configuration import (
     stages_in,
 )
 from ..settings.rules import choice
-from ..settings.stages import SETTINGS_OF_STAGE, StageSettings, VideoToVideoSettings
+from ..settings.stages import SETTINGS_OF_STAGE, VideoToVideoSettings
 from .loading import PRECISIONS, check_weights, open_checkpoint
 from .parts import Part, stage_parts
 
-logger = logging.getLogger(__name__)
-
 PathLike = Union[str, "os.PathLike[str]"]
 
-PRECISION_CHOICES = ("fp16", "bf16", "fp32")
 SUFFIX = ".safetensors"
 
-#: By a stage's parts: what they are called, and the setting that names their file.
-_NETWORKS = {
-    "clip_encoder": ("CLIP", "ckpt_clip"),
-    "autoencoder": ("autoencoder", "ckpt_autoencoder"),
-    "unet": ("UNet", "ckpt_unet"),
-}
+#: What the networks are called, by the setting that names their file.
+_NETWORKS = {"ckpt_clip": "CLIP", "ckpt_autoencoder": "autoencoder", "ckpt_unet": "UNet"}
 
 
 @dataclass(frozen=True)
@@ -81,21 +72,6 @@ class Conversion:
         return sum(file.size for file in self.files)
 
 
-@dataclass(frozen=True)
-class _Need:
-    """What a stage needs of one of its weights files."""
-
-    stage: str
-    network: str
-    setting: str
-    configured: str
-    part: Part
-
-    @property
-    def keys(self) -> list[str]:
-        return list(self.part.weights.state_dict())
-
-
 def convert_folder(
     sources: PathLike | Sequence[PathLike],
     output: PathLike,
@@ -120,20 +96,19 @@ def convert_folder(
         OutputError: if ``output`` cannot be written, or the disk is too small. Nothing is left behind after
             this or any other exception.
     """
-    choice(*PRECISION_CHOICES).check("precision", precision, InvalidInputError)
+    choice(*PRECISIONS).check("precision", precision, InvalidInputError)
     folders = [Path(source) for source in ([sources] if isinstance(sources, (str, os.PathLike)) else sources)]
     folder_of_stage = _stages(folders)
-    target, base = _check_output(output, folders)
-    settings = {stage: load_settings(source, stage) for stage, source in folder_of_stage.items()}
-    needs = [
-        need for stage, source in folder_of_stage.items() for need in _needs(stage, settings[stage], source)
-    ]
-    files = _arrange(needs, PRECISIONS[precision])
-    _check_disk_space(target, base, files.values(), PRECISIONS[precision])
-    with _new_folder(target, base) as temporary:
-        written = _write_weights(temporary, files, PRECISIONS[precision], progress)
+    dtype = PRECISIONS[precision]
+    with _new_folder(output, folders) as (target, temporary):
+        needs = [need for stage, source in folder_of_stage.items() for need in _needs(stage, source)]
+        files = _arrange(needs, dtype)
+        _check_disk_space(target, temporary, files, dtype)
+        written = _write_weights(temporary, files, dtype, progress)
         (temporary / FILE_NAME).write_bytes(_configuration_file(folder_of_stage, files))
-    return Conversion(target, tuple(written), _size_on_disk({need.part.path for need in needs}))
+        found = [os.stat(path) for path in {need.part.path for need in needs}]
+    before = {(each.st_dev, each.st_ino): each.st_size for each in found}  # links to one file count once
+    return Conversion(target, tuple(written), sum(before.values()))
 
 
 def size_in_words(count: int) -> str:
@@ -167,50 +142,42 @@ def _stages(folders: Sequence[Path]) -> dict[str, Path]:
     return {stage: found[stage] for stage in SETTINGS_OF_STAGE if stage in found}
 
 
-def _check_output(output: Any, sources: Sequence[Path]) -> tuple[Path, Path]:
-    """Return the absolute path of the new folder, if it can be made, and which part of that path is there."""
+@contextmanager
+def _new_folder(output: Any, sources: Sequence[Path]) -> Iterator[tuple[Path, Path]]:
+    """Yield the new folder and a temporary one on the same disk, whose files go to the new one at the end."""
     shown = local_path(output)
     try:
-        folder = Path(os.path.realpath(shown))
+        if "\0" in shown:
+            raise OutputError(f"cannot write {shown!r}: it has a null character")
+        target = Path(os.path.realpath(shown))
         for source in sources:
-            if Path(os.path.realpath(source)) in (folder, *folder.parents):
+            if Path(os.path.realpath(source)) in (target, *target.parents):
                 raise OutputError(f"cannot write {shown!r}: it is, or is in, the model folder '{source}'")
-        held = sorted(os.listdir(folder)) if os.path.lexists(folder) else []
-    except NotADirectoryError as error:
-        raise OutputError(f"cannot write {shown!r}: it is a file, not a folder") from error
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise OutputError(f"cannot write {shown!r}: {getattr(error, 'strerror', None) or error}") from error
-    if held:
-        raise OutputError(
-            f"cannot write {shown!r}: it is not empty, it holds {held[0]!r}; give a new folder, or empty it"
-        )
-    base = next(path for path in (folder, *folder.parents) if path.exists())
-    if not base.is_dir() or not os.access(base, os.W_OK):
-        fault = "Permission denied" if base.is_dir() else "Not a directory"
-        raise OutputError(f"cannot write {shown!r}: {fault}: '{base}'")
-    return folder, base
-
-
-@contextmanager
-def _new_folder(target: Path, base: Path) -> Iterator[Path]:
-    """Yield a temporary folder in ``base``, on the same disk, whose files go to ``target`` at the end."""
-    try:
+        if os.path.isfile(shown):
+            raise OutputError(f"cannot write {shown!r}: it is a file, not a folder")
+        held = sorted(os.listdir(shown)) if os.path.lexists(shown) else []
+        if held:
+            fault = f"it is not empty, it holds {held[0]!r}; give a new folder, or empty it"
+            raise OutputError(f"cannot write {shown!r}: {fault}")
+        base = next(path for path in (target, *target.parents) if path.exists())
         with tempfile.TemporaryDirectory(prefix=".converting-", dir=base) as temporary:
-            yield Path(temporary)
+            yield target, Path(temporary)
             target.mkdir(parents=True, exist_ok=True)
             for path in sorted(Path(temporary).iterdir(), key=lambda path: path.name == FILE_NAME):
                 os.replace(path, target / path.name)  # the configuration last: it makes the folder a model
     except (OSError, SafetensorError) as error:
-        if isinstance(error, (CheckpointError, FileNotFoundError)):
+        if isinstance(error, I2VError):
             raise
         reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"cannot write '{target}': {reason}") from error
+        raise OutputError(f"cannot write {shown!r}: {reason}") from error
 
 
-def _check_disk_space(target: Path, base: Path, files: Iterable[Sequence[_Need]], dtype: torch.dtype) -> None:
-    weights = [need.part.weights.state_dict().values() for need in itertools.chain(*files)]
-    sizes = [dtype.itemsize * each.numel() + 200 for each in itertools.chain(*weights)]  # 200 in the header
-    needed, free = sum(sizes), shutil.disk_usage(base).free
+def _check_disk_space(
+    target: Path, there: Path, files: Mapping[str, Sequence[_Need]], dtype: torch.dtype
+) -> None:
+    weights = [value for needs in files.values() for need in needs for value in need.state.values()]
+    needed = sum(dtype.itemsize * value.numel() + 200 for value in weights)  # 200 in the header
+    free = shutil.disk_usage(there).free
     if needed > free:
         raise OutputError(
             f"cannot write '{target}': it will take {size_in_words(needed)}, and {size_in_words(free)} are "
@@ -218,35 +185,41 @@ def _check_disk_space(target: Path, base: Path, files: Iterable[Sequence[_Need]]
         )
 
 
-def _size_on_disk(paths: set[Path]) -> int:
-    """Return the bytes of files, of which some may be one under two names."""
-    found = [os.stat(path) for path in paths]
-    return sum({(each.st_dev, each.st_ino): each.st_size for each in found}.values())
-
-
 # The weights
 
 
-def _needs(stage: str, settings: StageSettings, folder: Path) -> Iterator[_Need]:
+class _Need(NamedTuple):
+    """What a stage needs of one of its weights files, and the name that is configured for it."""
+
+    stage: str
+    part: Part
+    configured: str
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The weights, on the meta device, by their keys without the prefix."""
+        return self.part.weights.state_dict()
+
+
+def _needs(stage: str, folder: Path) -> Iterator[_Need]:
     """Yield what a stage needs of each of its files, which are checked against the networks."""
-    for name, part in stage_parts(settings, folder).items():
+    settings = load_settings(folder, stage)
+    for part in stage_parts(settings, folder).values():
         check_weights(part.weights, part.path, part.prefix, ignore=part.ignored)
-        network, setting = _NETWORKS[name]
-        yield _Need(stage, network, setting, getattr(settings, setting), part)
+        yield _Need(stage, part, getattr(settings, part.setting))
 
 
 def _arrange(needs: Sequence[_Need], dtype: torch.dtype) -> dict[str, list[_Need]]:
     """Return the files to write by name: a network that both stages have, and the same, is written once."""
     files: dict[str, list[_Need]] = {}
     for need in needs:
-        shared = [held for held in files.values() if _can_share(held[0], need, dtype)]
-        if shared:
-            shared[0].append(need)
+        shared = next((held for held in files.values() if _can_share(held[0], need, dtype)), None)
+        if shared is not None:
+            shared.append(need)
             continue
         stem, taken = Path(need.configured).with_suffix("").name, {name.casefold() for name in files}
-        names = (
-            stem + end + SUFFIX for end in ("", f"-{need.stage}", *(f"-{need.stage}-{n}" for n in (2, 3, 4)))
-        )
+        ends = ("", f"-{need.stage}", *(f"-{need.stage}-{number}" for number in (2, 3, 4)))
+        names = (stem + end + SUFFIX for end in ends)
         files[next(name for name in names if name.casefold() not in taken)] = [need]
     return files
 
@@ -256,49 +229,36 @@ def _can_share(first: _Need, second: _Need, dtype: torch.dtype) -> bool:
 
     Of CLIP, each stage needs another tower, and minds neither of them.
     """
-    ours, theirs = set(first.keys), set(second.keys)
-    if first.setting != second.setting:
-        return False
-    if not (ours - theirs <= second.part.ignored and theirs - ours <= first.part.ignored):
-        return False
-    if os.path.samefile(first.part.path, second.part.path):
-        return True
     one, other = first.part, second.part
-    with (
-        open_checkpoint(one.path, one.prefix) as one_file,
-        open_checkpoint(other.path, other.prefix) as other_file,
-    ):
-        return all(
-            torch.equal(one_file.read(key, dtype=dtype), other_file.read(key, dtype=dtype))
-            for key in sorted(ours & theirs)
-        )
+    ours, theirs = first.state.keys(), second.state.keys()
+    if one.setting != other.setting or not (ours - theirs <= other.ignored and theirs - ours <= one.ignored):
+        return False
+    if os.path.samefile(one.path, other.path):
+        return True
+    with open_checkpoint(one.path, one.prefix) as a, open_checkpoint(other.path, other.prefix) as b:
+        return all(torch.equal(a.read(key, dtype=dtype), b.read(key, dtype=dtype)) for key in ours & theirs)
 
 
 def _write_weights(
     folder: Path, files: Mapping[str, Sequence[_Need]], dtype: torch.dtype, progress: bool | None
 ) -> list[WrittenFile]:
-    total = sum(len(set().union(*(need.keys for need in needs))) for needs in files.values())
+    total = sum(len(set().union(*(need.state for need in needs))) for needs in files.values())
     hidden = None if progress is None else not progress
     written = []
     with tqdm(total=total, desc="converting", unit=" weights", disable=hidden) as bar:
         for name, needs in files.items():
             weights: dict[str, torch.Tensor] = {}
             for need in needs:
-                _read_weights(need, dtype, weights, bar)
+                path, prefix = need.part.path, need.part.prefix
+                with open_checkpoint(path, prefix) as checkpoint:
+                    for key in need.state:
+                        if prefix + key not in weights:
+                            weights[prefix + key] = checkpoint.read(key, dtype=dtype)
+                            bar.update()
             save_file(weights, folder / name, metadata={"format": "pt"})
-            stages = tuple(need.stage for need in needs)
-            written.append(WrittenFile(name, needs[0].network, stages, (folder / name).stat().st_size))
+            stages, size = tuple(need.stage for need in needs), (folder / name).stat().st_size
+            written.append(WrittenFile(name, _NETWORKS[needs[0].part.setting], stages, size))
     return written
-
-
-def _read_weights(need: _Need, dtype: torch.dtype, weights: dict[str, torch.Tensor], bar: Any) -> None:
-    """Add what a stage needs of a file to ``weights``, by the file's keys."""
-    path, prefix = need.part.path, need.part.prefix
-    with open_checkpoint(path, prefix) as checkpoint:
-        for key in need.keys:
-            if prefix + key not in weights:
-                weights[prefix + key] = checkpoint.read(key, dtype=dtype)
-                bar.update()
 
 
 # The configuration
@@ -319,10 +279,10 @@ def _configuration_file(folder_of_stage: Mapping[str, Path], files: Mapping[str,
             if Path(need.configured).with_suffix(SUFFIX) != Path(name):
                 section = contents.setdefault(section_of(contents, need.stage), {})
                 holders = [
-                    each for each in ("model_args", "model_cfg") if need.setting in section.get(each, {})
+                    each for each in ("model_args", "model_cfg") if need.part.setting in section.get(each, {})
                 ]
                 for holder in holders or ["model_args"]:
-                    section.setdefault(holder, {})[need.setting] = name
+                    section.setdefault(holder, {})[need.part.setting] = name
     if contents == before:
         return (first / FILE_NAME).read_bytes()
     text = json.dumps(contents, indent=4, ensure_ascii=False)

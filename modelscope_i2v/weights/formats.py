@@ -12,6 +12,7 @@ import os
 import re
 import struct
 import zipfile
+from math import prod
 from typing import Any, BinaryIO, Callable, Collection, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -51,74 +52,60 @@ def read_contents(file: BinaryIO) -> Contents:
     raise CheckpointError(_describe_foreign(head, size))
 
 
-class _Archive:
-    """A zip archive as torch.save writes it: it compresses nothing, so that each member is a run of bytes."""
+def _open_archive(file: BinaryIO, size: int) -> tuple[dict[str, zipfile.ZipInfo], str, int]:
+    """Return the members of torch's zip archive, the folder that they are in, and where they end."""
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"it is cut short or damaged ({error}; it has {size:,} bytes); download it again"
+        ) from error
+    members = {member.filename: member for member in archive.infolist()}
+    pickles = [name for name in members if re.fullmatch(r"[^/]+/data\.pkl", name)]
+    if len(pickles) != 1:
+        raise CheckpointError(
+            f"it is a zip archive but no checkpoint: it holds {quote_some(members)};"
+            " if the weights file is in it, unpack it first"
+        )
+    if any(m.compress_type or m.flag_bits & 1 or m.compress_size != m.file_size for m in members.values()):
+        raise CheckpointError("its members are compressed or encrypted, which torch.save never does")
+    if len(members) != len(archive.infolist()) or sum(m.file_size for m in members.values()) > size:
+        raise CheckpointError("it is damaged: its members overlap, or one is there twice; download it again")
+    return members, pickles[0].partition("/")[0], archive.start_dir
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        try:
-            archive = zipfile.ZipFile(file)
-        except zipfile.BadZipFile as error:
-            raise CheckpointError(
-                f"it is cut short or damaged ({error}; it has {size:,} bytes); download it again"
-            ) from error
-        self._file = file
-        self._end = archive.start_dir
-        self._members = {member.filename: member for member in archive.infolist()}
-        members = self._members.values()
-        pickles = [name for name in self._members if re.fullmatch(r"[^/]+/data\.pkl", name)]
-        if len(pickles) != 1:
-            raise CheckpointError(
-                f"it is a zip archive but no checkpoint: it holds {quote_some(self._members)};"
-                " if the weights file is in it, unpack it first"
-            )
-        self._folder = pickles[0].partition("/")[0]
-        if any(
-            each.compress_type or each.flag_bits & 1 or each.compress_size != each.file_size
-            for each in members
-        ):
-            raise CheckpointError("its members are compressed or encrypted, which torch.save never does")
-        if len(members) != len(archive.infolist()) or sum(each.file_size for each in members) > size:
-            raise CheckpointError(
-                "it is damaged: its members overlap, or one is there twice; download it again"
-            )
 
-    def size_of(self, name: str) -> int | None:
-        member = self._members.get(f"{self._folder}/{name}")
-        return None if member is None else member.file_size
+def _read_zip(file: BinaryIO, size: int) -> Contents:
+    """Read a zip archive as torch.save writes it: it compresses nothing, so each member is a run of bytes."""
+    members, folder, end = _open_archive(file, size)
 
-    def find(self, name: str) -> int:
-        """Return where a member's bytes begin: behind its own header, which has a length of its own."""
-        member = self._members[f"{self._folder}/{name}"]
-        self._file.seek(member.header_offset)
-        signature, name_length, extra_length = struct.unpack("<4s22x2H", self._file.read(30))
-        begin = member.header_offset + 30 + name_length + extra_length
-        if signature != b"PK\x03\x04" or begin + member.file_size > self._end:
+    def begin(name: str) -> int:  # behind the member's own header, which has a length of its own
+        member = members[f"{folder}/{name}"]
+        file.seek(member.header_offset)
+        signature, name_length, extra_length = struct.unpack("<4s22x2H", file.read(30))
+        start = member.header_offset + 30 + name_length + extra_length
+        if signature != b"PK\x03\x04" or start + member.file_size > end:
             raise CheckpointError(f"it is damaged: its member {member.filename!r} is not where it should be")
-        return begin
+        return start
 
-    def read(self, name: str) -> bytes:
-        size = self.size_of(name) or 0
-        if size > MAX_PICKLE_BYTES:
+    def read(name: str) -> bytes:  # not by zipfile: torch can save without checksums
+        length = members[f"{folder}/{name}"].file_size
+        if length > MAX_PICKLE_BYTES:
             raise CheckpointError(f"its {name} has more than {MAX_PICKLE_BYTES:,} bytes")
-        self._file.seek(self.find(name))
-        return self._file.read(size)
+        file.seek(begin(name))
+        return file.read(length)
 
-    def check_storage(self, storage: Storage) -> None:
-        """Raise where a storage's member has another size."""
-        size = self.size_of(f"data/{storage.key}")
-        if size != storage.nbytes:
-            found = "is not there" if size is None else f"has {size}"
+    def check_storage(storage: Storage) -> None:
+        member = members.get(f"{folder}/data/{storage.key}")
+        if member is None or member.file_size != storage.nbytes:
+            found = f"has {member.file_size}" if member else "is not there"
             raise CheckpointError(
                 f"it is damaged: a storage that should have {storage.nbytes} bytes {found}; download it again"
             )
 
-
-def _read_zip(file: BinaryIO, size: int) -> Contents:
-    archive = _Archive(file, size)
-    if archive.size_of("byteorder") is not None and archive.read("byteorder") != b"little":
+    if f"{folder}/byteorder" in members and read("byteorder") != b"little":
         raise CheckpointError("it was written on a big-endian machine; save it again on a usual one")
-    value = read_pickle(archive.read("data.pkl"), archive.check_storage)
-    return Contents(_find_state(value), lambda storage: archive.find(f"data/{storage.key}"))
+    value = read_pickle(read("data.pkl"), check_storage)
+    return Contents(_find_state(value), lambda storage: begin(f"data/{storage.key}"))
 
 
 def _find_state(value: Any) -> dict[str, Any]:
@@ -160,18 +147,15 @@ def _read_safetensors(file: BinaryIO, size: int) -> Contents:
     begin = 8 + int.from_bytes(file.read(8), "little")
     header = json.loads(file.read(begin - 8))
     header.pop("__metadata__", None)
-    state, starts = {}, {}
+    state = {}
     for key, entry in header.items():
         dtype, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if _SAFETENSORS_DTYPES.get(dtype) not in DTYPES:
             raise CheckpointError(f"its tensor {key[:80]!r} has the unknown dtype {dtype}")
         storage = Storage(key, DTYPES[_SAFETENSORS_DTYPES[dtype]], last - first)
-        stride = [1]
-        for length in reversed(shape[1:]):
-            stride.insert(0, length * stride[0])
-        state[key] = describe_tensor(storage, 0, tuple(shape), tuple(stride[: len(shape)]))
-        starts[key] = begin + first
-    return Contents(state, lambda storage: starts[storage.key])
+        stride = tuple(prod(shape[n + 1 :]) for n in range(len(shape)))
+        state[key] = describe_tensor(storage, 0, tuple(shape), stride)
+    return Contents(state, lambda storage: begin + header[storage.key]["data_offsets"][0])
 
 
 def _describe_foreign(head: bytes, size: int) -> str:

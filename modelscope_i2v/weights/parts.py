@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,15 +19,16 @@ from . import find_checkpoint
 
 @dataclass(frozen=True)
 class Part:
-    """A network on the meta device, to be loaded from ``path``.
+    """A network on the meta device, to be loaded from ``path``, which ``setting`` names.
 
     ``weights`` is the module whose parameters the file names, below ``prefix``; it may hold those of
     ``ignored`` besides.
     """
 
+    setting: str
+    path: Path
     network: nn.Module
     weights: nn.Module
-    path: Path
     prefix: str = ""
     ignored: frozenset[str] = frozenset()
 
@@ -39,19 +41,18 @@ def stage_parts(
     Raises:
         MissingFileError: if one of the files is not there.
     """
-    files = {
-        name: find_checkpoint(folder, getattr(settings, name))
-        for name in ("ckpt_clip", "ckpt_autoencoder", "ckpt_unet")
-    }
     tower = ClipImageEncoder if settings.unet.image_conditioned else ClipTextEncoder
     with torch.device("meta"):
         clip_encoder, autoencoder = tower(settings.clip), Autoencoder(settings.autoencoder)
         unet = UNet(settings.unet, attend)
+
+    def part(setting: str, network: nn.Module, weights: nn.Module, **details: Any) -> Part:
+        path = find_checkpoint(folder, getattr(settings, setting))
+        return Part(setting, path, network, weights, **details)
+
+    keys = clip_encoder.full_model_keys  # CLIP's file holds both towers; the stage needs one
     return {
-        # CLIP's file holds both towers; the stage needs one.
-        "clip_encoder": Part(
-            clip_encoder, clip_encoder.model, files["ckpt_clip"], ignored=clip_encoder.full_model_keys
-        ),
-        "autoencoder": Part(autoencoder, autoencoder, files["ckpt_autoencoder"], prefix="first_stage_model."),
-        "unet": Part(unet, unet, files["ckpt_unet"]),
+        "clip_encoder": part("ckpt_clip", clip_encoder, clip_encoder.model, ignored=keys),
+        "autoencoder": part("ckpt_autoencoder", autoencoder, autoencoder, prefix="first_stage_model."),
+        "unet": part("ckpt_unet", unet, unet),
     }

@@ -16,7 +16,7 @@ import pickle
 import pickletools
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import torch
 
@@ -34,25 +34,19 @@ _OPCODES = frozenset(
     " GLOBAL STACK_GLOBAL REDUCE NEWOBJ NEWOBJ_EX BUILD BINPERSID BINPUT LONG_BINPUT MEMOIZE BINGET"
     " LONG_BINGET".split()
 )
-_TUPLES = frozenset("EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 FROZENSET".split())
-_FILLING = frozenset("APPEND APPENDS SETITEM SETITEMS ADDITEMS BUILD".split())  # leave what they fill
 
 
-@dataclass(frozen=True)
-class Storage:
+class Storage(NamedTuple):
     """A run of bytes in the file that one or more tensors view; ``key`` is its name there."""
 
-    __slots__ = ("key", "dtype", "nbytes")
     key: str
     dtype: torch.dtype
     nbytes: int
 
 
-@dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(NamedTuple):
     """A tensor in a file: ``shape``, ``stride`` and ``offset`` (in elements) within its storage."""
 
-    __slots__ = ("dtype", "shape", "stride", "offset", "storage")
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -86,8 +80,7 @@ class Inert:
     def __call__(self, *args: Any) -> Inert:
         return self
 
-    @staticmethod
-    def _ignore(*args: Any) -> None:
+    def _ignore(self, *args: Any) -> None:
         """Do nothing."""
 
     __setstate__ = __setitem__ = append = extend = add = _ignore
@@ -100,12 +93,6 @@ class _Function:
 
     def __call__(self, *args: Any) -> Any:
         return self.call(*args)
-
-
-@dataclass(frozen=True)
-class _StorageType:
-    __slots__ = ("dtype",)
-    dtype: torch.dtype
 
 
 class _OrderedDict(dict):
@@ -123,11 +110,11 @@ class _OrderedDict(dict):
 def describe_tensor(storage: Any, offset: Any, shape: Any, stride: Any, dtype: Any = None) -> StoredTensor:
     """Return a checked description of a tensor, of values that may be anything."""
     dtype = dtype or storage.dtype
-    if not (_are_sizes(offset) and isinstance(shape, tuple) and isinstance(stride, tuple)):
+    sizes = (*shape, *stride) if isinstance(shape, tuple) and isinstance(stride, tuple) else (None,)
+    if not _are_sizes(offset, *sizes) or len(shape) != len(stride) or len(shape) > 64:
         raise CheckpointError("it holds a tensor whose size, stride or offset are no sizes")
     tensor = StoredTensor(dtype, shape, stride, offset, storage)
-    fits = len(shape) == len(stride) <= 64 and _are_sizes(*shape, *stride)
-    if not fits or (offset + tensor.span) * dtype.itemsize > storage.nbytes:
+    if (offset + tensor.span) * dtype.itemsize > storage.nbytes:
         raise CheckpointError(
             f"it holds a tensor of shape {list(shape)}, strides {list(stride)} and offset {offset} that"
             f" reaches beyond its storage of {storage.nbytes} bytes"
@@ -140,37 +127,25 @@ def _are_sizes(*values: Any) -> bool:
 
 
 def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
-    """Stand in for ``torch._utils._rebuild_tensor`` and ``_v2``."""
-    if rest[2:] and rest[2]:  # to be conjugated or negated
-        return _foreign("torch._utils._rebuild_tensor_v2 with metadata")()
-    return describe_tensor(storage, offset, shape, stride)
-
-
-def _rebuild_tensor_v3(storage: Any, offset: Any, shape: Any, stride: Any, *rest: Any) -> Any:
-    """Stand in for ``torch._utils._rebuild_tensor_v3``, whose storage is untyped."""
-    if not isinstance(rest[2], torch.dtype) or any(rest[3:]):
-        return _foreign("torch._utils._rebuild_tensor_v3 with metadata")()
-    return describe_tensor(storage, offset, shape, stride, rest[2])
+    """Stand in for ``torch._utils._rebuild_tensor``, ``_v2`` and ``_v3``, which names the dtype."""
+    metadata = rest[2:]  # behind requires_grad and hooks
+    dtype = metadata[0] if metadata and isinstance(metadata[0], torch.dtype) else None
+    if any(metadata[1:] if dtype else metadata):  # to be conjugated or negated
+        return _foreign("torch._utils._rebuild_tensor with metadata")()
+    return describe_tensor(storage, offset, shape, stride, dtype)
 
 
 def _rebuild_parameter(data: Any, *rest: Any) -> Any:
     """Stand in for ``torch._utils._rebuild_parameter`` and ``_with_state``: the tensor alone."""
-    return data if isinstance(data, StoredTensor) else _foreign("torch._utils._rebuild_parameter")()
+    return data
 
 
 def _foreign(name: str) -> type[Inert]:
     return type("Inert", (Inert,), {"__slots__": (), "name": name})
 
 
-#: Dtypes by torch's name for them; the last ones came to torch one after the other.
-DTYPES: dict[str, torch.dtype] = {
-    name: getattr(torch, name)
-    for name in (
-        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool complex64 complex128 complex32"
-        " uint16 uint32 uint64 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu"
-    ).split()
-    if hasattr(torch, name)
-}
+#: Dtypes by torch's names for them.
+DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 
 _STORAGE_DTYPES = dict(
     Double="float64", Float="float32", Half="float16", BFloat16="bfloat16", Long="int64", Int="int32",
@@ -178,17 +153,17 @@ _STORAGE_DTYPES = dict(
     ComplexDouble="complex128", Untyped="uint8",
 )  # fmt: skip
 
-#: All that a checkpoint's pickle can name and get.
+#: All that a checkpoint's pickle can name and get; storage types are dtypes here.
 _KNOWN: dict[str, Any] = {
     "collections.OrderedDict": _Function(_OrderedDict),
-    "torch._utils._rebuild_tensor": _Function(_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v2": _Function(_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v3": _Function(_rebuild_tensor_v3),
+    **{
+        f"torch._utils._rebuild_tensor{version}": _Function(_rebuild_tensor) for version in ("", "_v2", "_v3")
+    },
     "torch._utils._rebuild_parameter": _Function(_rebuild_parameter),
     "torch._utils._rebuild_parameter_with_state": _Function(_rebuild_parameter),
     **{f"torch.{name}": dtype for name, dtype in DTYPES.items()},
     **{
-        f"{module}.{kind}Storage": _StorageType(DTYPES[dtype])
+        f"{module}.{kind}Storage": DTYPES[dtype]
         for kind, dtype in _STORAGE_DTYPES.items()
         for module in ("torch", "torch.cuda", "torch.storage")
     },
@@ -227,13 +202,13 @@ class _Unpickler(pickle.Unpickler):
         return self._foreign[full_name]
 
     def persistent_load(self, pid: Any) -> Storage:
-        """Return the description of a storage: ("storage", type, key, device, number of elements)."""
-        if not isinstance(pid, tuple) or len(pid) != 5 or not isinstance(pid[1], _StorageType):
+        """Return the description of a storage: ("storage", dtype, key, device, number of elements)."""
+        if not isinstance(pid, tuple) or len(pid) != 5 or not isinstance(pid[1], torch.dtype):
             raise CheckpointError("it holds a storage of a kind that is not known")
-        _, storage_type, key, _, count = pid
+        _, dtype, key, _, count = pid
         if not isinstance(key, str) or not _are_sizes(count):
             raise CheckpointError("it holds a storage whose name or size is none")
-        storage = Storage(key, storage_type.dtype, count * storage_type.dtype.itemsize)
+        storage = Storage(key, dtype, count * dtype.itemsize)
         self._check_storage(storage)
         return storage
 
@@ -241,39 +216,34 @@ class _Unpickler(pickle.Unpickler):
 def _check_opcodes(data: bytes) -> None:
     """Raise for opcodes that no checkpoint needs, and for bombs.
 
-    The stack is followed to know how large each tuple is, written out: a tuple of tuples of tuples that share
-    their entries is small to store, and takes for ever to hash when it is a key.
+    What each value is made of is counted along the stack: a tuple of tuples of tuples that share their
+    entries is small to store, and takes for ever to hash when it is a key.
     """
-    stack: list[int] = []  # of each value, how many entries hashing it would visit
+    stack: list[int] = []  # how many values each is made of
     marks: list[int] = []
-    memo: dict[int, int] = {}
+    memo: dict[Any, int] = {}
     for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        name = opcode.name
+        name, before = opcode.name, opcode.stack_before
         if name not in _OPCODES or count == MAX_OPCODES:
             fault = f"more than {count:,} opcodes" if name in _OPCODES else f"the opcode {name}"
             raise CheckpointError(f"its pickle holds {fault}, which no checkpoint needs")
-        index = len(memo) if argument is None else argument
         if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            index = len(memo) if argument is None else argument
             if index > len(data):  # the unpickler's memo is a list
                 raise CheckpointError("its pickle keeps a value under a number that is far too large")
             memo[index] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[index])
+            stack.append(memo[argument])
         elif name == "MARK":
             marks.append(len(stack))
+        elif (
+            pickletools.markobject in before[1:]
+        ):  # a list, dict or set takes what lies on the mark, and stays
+            del stack[marks.pop() :]
         else:
-            _apply(opcode, stack, marks)
-
-
-def _apply(opcode: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> None:
-    """Change the stack of :func:`_check_opcodes` as an opcode changes the unpickler's."""
-    if pickletools.markobject in opcode.stack_before:
-        start = marks.pop()
-    else:
-        start = len(stack) - len(opcode.stack_before) + (opcode.name in _FILLING)
-    size = 1 + sum(stack[start:]) if opcode.name in _TUPLES else 1
-    if size > MAX_TUPLE:
-        raise CheckpointError(f"its pickle holds a tuple of more than {MAX_TUPLE} entries")
-    del stack[start:]
-    if opcode.stack_after and opcode.name not in _FILLING:
-        stack.append(size)
+            start = marks.pop() if before[:1] == [pickletools.markobject] else len(stack) - len(before)
+            size = 1 + sum(stack[start:])
+            if size > MAX_TUPLE:
+                raise CheckpointError(f"its pickle holds a tuple of more than {MAX_TUPLE} entries")
+            del stack[start:]
+            stack += [size] * len(opcode.stack_after)

@@ -226,7 +226,7 @@ def test_texts_that_are_none_are_refused(text_tower, texts):
 def test_unknown_layer_is_refused():
     with pytest.raises(ConfigurationError) as refusal:
         ClipConfig(layer="first")
-    assert str(refusal.value) == "embedder: layer: got 'first', allowed are penultimate, last"
+    assert str(refusal.value) == "embedder: layer: got 'first', allowed is one of penultimate, last"
 
 
 def test_unknown_architecture_is_refused():
@@ -252,7 +252,7 @@ def test_incomplete_model_configuration_is_refused(model_cfg):
     with pytest.raises(ConfigurationError) as refusal:
         ClipConfig(model_cfg=model_cfg)
     assert str(refusal.value) == (
-        f"embedder: model_cfg: an object with embed_dim, text_cfg, vision_cfg is needed, got {model_cfg}"
+        f"embedder: model_cfg: an object with embed_dim, text_cfg, vision_cfg is needed, got {model_cfg!r}"
     )
 
 

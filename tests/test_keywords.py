@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -28,13 +27,12 @@ def warnings(caplog):
 
 
 def test_keywords_of_each_stage():
-    both = {
-        "seed", "steps", "guide_scale", "max_frames", "resolution", "target_fps", "fps", "chunk_size",
-        "overlap_size", "generator", "callback", "progress", "guidance_interval", "reuse_interval",
+    one, two = set(keywords_of(ONE)), set(keywords_of(TWO))
+    assert one | two == WRONG.keys()
+    assert one - two == {"noise_strength", "solver"}
+    assert two - one == {
+        "guide_rescale", "total_noise_levels", "solver_mode", "positive_prompt", "negative_prompt", "text",
     }  # fmt: skip
-    two = {"guide_rescale", "total_noise_levels", "solver_mode", "positive_prompt", "negative_prompt", "text"}
-    assert keywords_of(ONE).keys() == both | {"noise_strength", "solver"}
-    assert keywords_of(TWO).keys() == both | two
 
 
 @pytest.mark.parametrize(
@@ -53,16 +51,11 @@ def test_keywords_of_each_stage():
 )
 def test_keyword_that_resembles_a_known_one_is_refused_with_those(stage, name, hint):
     with pytest.raises(InvalidInputError) as refusal:
-        check_keywords(stage, {"seed": 1, name: 1})
+        check_keywords(stage, {"seed": 1, name: None})
     message = str(refusal.value)
     assert message.startswith(f"{stage} has no keyword {name!r}{hint}")
     known = message[message.lower().rindex("known are ") + len("known are ") :].split(", ")
     assert known == sorted([*OF_PIPELINES[stage], *keywords_of(stage)])
-
-
-def test_unknown_keyword_is_refused_even_as_none():
-    with pytest.raises(InvalidInputError, match="has no keyword 'step'"):
-        check_keywords(ONE, {"step": None})
 
 
 WRONG = {
@@ -100,38 +93,6 @@ def test_wrong_value_is_named_with_what_is_allowed(name):
     assert str(refusal.value) == f"{name}: got {value!r}, allowed is {allowed}, or none"
 
 
-def test_numbers_of_numpy_are_numbers():
-    checked = check_keywords(ONE, {"seed": np.int64(3), "guide_scale": np.float32(2.5), "steps": np.uint8(4)})
-    assert checked == {"seed": 3, "guide_scale": 2.5, "steps": 4}
-    assert [type(value) for value in checked.values()] == [int, float, int]
-
-
-class Hostile:
-    def __repr__(self):
-        raise RuntimeError("no")
-
-    __index__ = __int__ = __float__ = __le__ = __ge__ = __len__ = __repr__
-
-
-class HostileNumber(Fraction):
-    def __le__(self, other):
-        raise OverflowError("no")
-
-    __ge__ = __repr__ = __le__
-
-
-@pytest.mark.parametrize("name", sorted({*keywords_of(ONE), *keywords_of(TWO)}))
-@pytest.mark.parametrize(
-    "value", [10**6000, [10**6000, 1], Hostile(), HostileNumber(1)],
-    ids=["digits", "list", "hostile", "fraction"],
-)  # fmt: skip
-def test_value_of_any_kind_is_refused_with_words(name, value):
-    stage = TWO if name in keywords_of(TWO) else ONE
-    with pytest.raises(InvalidInputError, match=f"^{name}: got .*, allowed is ") as refusal:
-        check_keywords(stage, {name: value})
-    assert len(str(refusal.value).encode()) < 250
-
-
 # Unknown ones
 
 
@@ -149,12 +110,11 @@ def test_unknown_keywords_of_a_call_of_both_stages(warnings):
     assert split_keywords({"duration": 10, "refine_duration": 2, "fp16": 1}) == ({}, {})
     assert warnings() == [
         f"{ONE} and {TWO}: the keyword {name!r} is unknown, and ignored"
-        for name in ("duration", "refine_duration", "fp16")
+        for name in ("duration", "fp16", "refine_duration")
     ]
     for slip, stage, near in (
         ("sead", ONE, "seed"),
         ("solvr", ONE, "solver"),
-        ("refine_", ONE, "refine"),
         ("keep_frist", ONE, "keep_first"),
         ("txt", TWO, "text"),
         ("negative_promt", TWO, "negative_prompt"),
@@ -194,7 +154,9 @@ def test_keywords_of_a_call_of_both_stages_go_to_the_stage_that_they_are_for():
 
 
 @pytest.mark.parametrize("stage", [ONE, TWO])
-def test_checking_twice_changes_nothing(stage):
-    once = check_keywords(stage, {"fps": 9, "seed": 3, "resolution": [64, 32], "progress": False})
-    assert check_keywords(stage, once) == once == {"target_fps": 9, "seed": 3, "resolution": (64, 32),
-                                                  "progress": False}  # fmt: skip
+def test_values_have_their_proper_types_and_checking_twice_changes_nothing(stage):
+    given = {"fps": np.uint8(9), "seed": np.int64(3), "guide_scale": np.float32(2.5), "resolution": [64, 32]}
+    once = check_keywords(stage, given)
+    assert once == {"target_fps": 9, "seed": 3, "guide_scale": 2.5, "resolution": (64, 32)}
+    assert [type(once[name]) for name in ("target_fps", "seed", "guide_scale")] == [int, int, float]
+    assert check_keywords(stage, once) == once

@@ -77,17 +77,6 @@ def test_the_mode_names_every_approximation(stage, keywords, mode):
     assert Request.resolve(SETTINGS[stage](), check_keywords(stage, keywords)).mode == mode
 
 
-def test_the_faster_solver_has_fewer_steps_unless_they_are_given():
-    steps = [
-        Request.resolve(SETTINGS[ONE](**given), check_keywords(ONE, keywords)).steps
-        for given, keywords in (
-            ({}, {"solver": "dpmpp"}), ({"solver": "dpmpp"}, {}), ({}, {"solver": "dpmpp", "steps": 12}),
-            ({"steps": 40}, {"solver": "dpmpp"}),
-        )
-    ]  # fmt: skip
-    assert steps == [25, 25, 12, 40]
-
-
 #: By keyword: the stage, what the file says, what the call says, and the request's field.
 PRECEDENCE = [
     (ONE, "seed", 1, 0, "seed"),
@@ -105,6 +94,7 @@ PRECEDENCE = [
     (TWO, "positive_prompt", "file", "", "positive_prompt"),
     (TWO, "negative_prompt", "file", "", "negative_prompt"),
     (TWO, "resolution", (64, 32), (128, 96), "size"),
+    (TWO, "positive_prompt", ", sharp", "", "prompt"),
 ]
 
 
@@ -122,9 +112,6 @@ def test_frame_rate_has_two_names():
     settings = ImageToVideoSettings(target_fps=12)
     assert requested(settings, fps=24).fps == requested(settings, target_fps=24).fps == 24
     assert requested(settings, fps=None).fps == 12
-    assert check_keywords(ONE, {"fps": 24}) == {"target_fps": 24}
-    with pytest.raises(InvalidInputError, match="fps: got 0, allowed is a whole number from 1 to 240"):
-        check_keywords(ONE, {"fps": 0})
 
 
 def test_none_is_not_given():
@@ -137,26 +124,10 @@ def test_assigned_settings_count():
     settings = VideoToVideoSettings(seed=3)
     settings.max_frames = 10_000
     settings.positive_prompt = ", sharp"
+    settings.latent_wid, settings.latent_hei = 40, 24
     request = requested(settings, text="a cat")
     assert (request.frames, request.window, request.overlap) == (10_000, 10_000, 2_500)
-    assert request.prompt == "a cat, sharp"
-
-
-def test_size_is_the_resolution_or_the_latents():
-    settings = ImageToVideoSettings(latent_wid=40, latent_hei=24)
-    assert requested(settings).size == (320, 192)
-    assert requested(settings, resolution=[100, 60]).size == (100, 60)
-    settings.resolution = (64, 32)
-    assert requested(settings).size == (64, 32)
-    assert requested(settings, resolution=(100, 60)).size == (100, 60)
-
-
-def test_prompt_is_the_text_and_then_the_positive_prompt():
-    settings = VideoToVideoSettings()
-    assert requested(settings).prompt == DEFAULT_POSITIVE_PROMPT
-    assert requested(settings, text="a cat").prompt == "a cat" + DEFAULT_POSITIVE_PROMPT
-    assert requested(settings, text="a cat", positive_prompt="").prompt == "a cat"
-    assert requested(settings, negative_prompt="ugly").negative_prompt == "ugly"
+    assert (request.prompt, request.size) == ("a cat, sharp", (320, 192))
 
 
 @pytest.mark.parametrize(
@@ -171,15 +142,13 @@ def test_prompt_is_the_text_and_then_the_positive_prompt():
         (TWO, {"steps": 7}, {"solver_mode": "normal"}, 7),
         (TWO, {"steps": 7}, {"solver_mode": "normal", "steps": 9}, 9),
         (ONE, {}, {"steps": 1}, 1),
+        (ONE, {}, {"solver": "dpmpp"}, 25),
+        (ONE, {"solver": "dpmpp"}, {}, 25),
+        (ONE, {"steps": 40}, {"solver": "dpmpp"}, 40),
     ],
 )
 def test_steps_are_the_solvers_unless_given(stage, settings, keywords, steps):
     assert requested(SETTINGS[stage](**settings), **keywords).steps == steps
-
-
-def test_request_cannot_be_changed():
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        requested(ImageToVideoSettings()).steps = 3
 
 
 def test_request_is_what_is_computed_and_nothing_else():
@@ -187,6 +156,8 @@ def test_request_is_what_is_computed_and_nothing_else():
     assert Request.resolve(ImageToVideoSettings(), keywords).seed >= 0
     named = {"stage"}.union(*(computed_settings(stage) for stage in SETTINGS))
     assert named == {field.name for field in dataclasses.fields(Request)}
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        requested(ImageToVideoSettings()).steps = 3
 
 
 def test_declarations_are_read_without_torch():
@@ -224,39 +195,25 @@ def test_text_of_a_request_gives_it_back(stage, keywords):
 
 
 @pytest.mark.parametrize(
-    "changed, message",
-    [
-        ({"stage": ["image-to-video"]}, "stage: got ['image-to-video'], allowed is one of image-to-video, "),
-        ({"seed": None}, "seed: got None, allowed is a whole number from 0 to "),
-        ({"steps": None}, "steps: got None"),
-        ({"resolution": [8, 9, 10]}, "resolution: got [8, 9, 10], allowed is [width, height]"),
-        ({"solver": "euler"}, "solver: got 'euler', allowed is one of ddim, dpmpp"),
-        ({"guide_scale": float("nan")}, "guide_scale: got nan"),
-        ({"overlap_size": 32}, "overlap_size: got 32, allowed is less than the 32 frames of a chunk"),
-        ({"callback": "x", "text": ""}, "request: has unknown callback, text"),
-    ],
-)
-def test_text_that_is_no_request_is_refused(changed, message):
-    entries = {**json.loads(requested(ImageToVideoSettings(seed=1)).to_json()), **changed}
-    with pytest.raises(InvalidInputError) as refusal:
-        Request.from_json(json.dumps(entries))
-    assert str(refusal.value).startswith(message)
-
-
-@pytest.mark.parametrize(
     "text, message",
     [
-        ("[1]", "an object is needed, got list"),
-        ("{", "is not a JSON object: Expecting"),
-        ("[" * 100_000, "is not a JSON object: "),
-        ('{"stage": "image-to-video", "seed": 1, "seed": 2}', "the key 'seed' stands twice in one object"),
-        ('{"stage": "image-to-video"}', "misses chunk_size, fps, guidance_interval, "),
+        ("[1]", "request: is not a JSON object: "),
+        ("{", "request: is not a JSON object: Expecting"),
+        ("[" * 100_000, "request: is not a JSON object: "),
+        ('{"stage": "image-to-video", "seed": 1, "seed": 2}', "request: .* the key 'seed' stands twice"),
+        (
+            '{"stage": ["image-to-video"]}',
+            "stage: got .'image-to-video'., allowed is one of image-to-video, ",
+        ),
+        ('{"stage": "image-to-video", "guide_scale": NaN}', "guide_scale: got nan, allowed is a number from"),
+        ('{"stage": "image-to-video", "callback": "x"}', "callback: got 'x', allowed is a function"),
+        ('{"stage": "image-to-video", "text": ""}', "image-to-video has no keyword 'text'"),
+        ('{"stage": "image-to-video", "overlap_size": 32}', "overlap_size: got 32, allowed is less than"),
     ],
 )
-def test_text_that_is_no_object_is_refused(text, message):
-    with pytest.raises(InvalidInputError) as refusal:
+def test_text_that_is_no_request_is_refused(text, message):
+    with pytest.raises(InvalidInputError, match=f"^{message}"):
         Request.from_json(text)
-    assert str(refusal.value).startswith("request: ") and message in str(refusal.value)
 
 
 # Windows
@@ -273,7 +230,6 @@ def test_text_that_is_no_object_is_refused(text, message):
         ({"max_frames": 10}, 10, 2),
         ({"max_frames": 100, "chunk_size": 16}, 16, 4),
         ({"max_frames": 1}, 1, 0),
-        ({"chunk_size": 1}, 1, 0),
     ],
 )
 def test_windows(keywords, window, overlap):
@@ -299,13 +255,10 @@ def test_overlap_of_a_whole_chunk_is_refused(keywords, message):
 # Seeds
 
 
-def test_absent_seed_is_random_and_leaves_global_random_states_alone():
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+def test_absent_seed_is_random_and_no_global_draw():
     seeds = set()
     for _ in range(4):
-        torch.manual_seed(0)
-        np.random.seed(0)
-        random.seed(0)
+        torch.manual_seed(0), np.random.seed(0), random.seed(0)
         states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
         seeds.add(requested(ImageToVideoSettings()).seed)
         assert torch.equal(torch.get_rng_state(), states[0])
@@ -313,9 +266,6 @@ def test_absent_seed_is_random_and_leaves_global_random_states_alone():
         assert random.getstate() == states[2]
     assert len(seeds) == 4
     assert all(type(seed) is int and 0 <= seed < 2**63 for seed in seeds)
-    torch.set_rng_state(before[0])
-    np.random.set_state(before[1])
-    random.setstate(before[2])
 
 
 def test_generator_gives_a_seed_that_reproduces_and_advances():
@@ -327,13 +277,9 @@ def test_generator_gives_a_seed_that_reproduces_and_advances():
     again = torch.Generator().manual_seed(4)
     assert [requested(settings, generator=again).seed for _ in range(2)] == [first, second]
     assert requested(settings, seed=first) == requested(settings, generator=torch.Generator().manual_seed(4))
-
-
-def test_generators_seed_is_allowed_as_a_seed():
-    for start in range(20):
-        generator = torch.Generator().manual_seed(start)
-        seed = requested(ImageToVideoSettings(), generator=generator).seed
-        assert check_keywords(ONE, {"seed": seed}) == {"seed": seed}
+    keywords = check_keywords(ONE, {"generator": again, "steps": 3})
+    Request.resolve(settings, keywords)
+    assert keywords.keys() == {"generator", "steps"}
 
 
 def test_seed_goes_before_a_generator():
@@ -341,9 +287,3 @@ def test_seed_goes_before_a_generator():
     state = generator.get_state()
     assert requested(ImageToVideoSettings(), generator=generator, seed=0).seed == 0
     assert torch.equal(generator.get_state(), state)
-
-
-def test_resolving_leaves_the_keywords_as_they_are():
-    keywords = check_keywords(ONE, {"generator": torch.Generator(), "steps": 3})
-    Request.resolve(ImageToVideoSettings(), keywords)
-    assert keywords.keys() == {"generator", "steps"}

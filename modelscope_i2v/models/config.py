@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, describe
 
 ATTENTION_CHOICES = ("auto", "sdpa", "xformers")
 LAYER_CHOICES = ("penultimate", "last")
@@ -20,27 +20,34 @@ LAYER_CHOICES = ("penultimate", "last")
 MAX_LEVELS = 8
 
 
-def _bounded(default: Any, low: int, high: int) -> Any:
+def _bounded(default: Any, low: float, high: float) -> Any:
     """A field whose value, or each entry of it, is a number from ``low`` to ``high``."""
-    return field(default=default, metadata={"low": low, "high": high})
+    return field(default=default, metadata={"bounds": (low, high)})
 
 
 def _check_bounds(config: Any, section: str) -> None:
     for each in dataclasses.fields(config):
-        if not each.metadata:
-            continue
-        value, low, high = getattr(config, each.name), each.metadata["low"], each.metadata["high"]
-        entries = value if isinstance(value, tuple) else (value,)
-        fewest = 1 if each.name.endswith("mult") else 0
-        if not fewest <= len(entries) <= MAX_LEVELS:
-            raise ConfigurationError(
-                f"{section}: {each.name}: got {len(entries)} entries, allowed are {fewest} to {MAX_LEVELS}"
-            )
-        for entry in entries:
-            if not low <= entry <= high:
-                raise ConfigurationError(
-                    f"{section}: {each.name}: got {entry}, allowed is a number from {low} to {high}"
-                )
+        if each.metadata:
+            value, is_list = getattr(config, each.name), isinstance(each.default, tuple)
+            _check_numbers(f"{section}: {each.name}", value, each.metadata["bounds"], is_list)
+
+
+def _check_numbers(name: str, value: Any, bounds: tuple[float, float], is_list: bool) -> None:
+    """Refuse what is not a number within bounds, whole if they are, or a list of one for each level."""
+    low, high = bounds
+    whole = isinstance(high, int)
+    entries = value if is_list and isinstance(value, (list, tuple)) else [] if is_list else [value]
+    fit = all(
+        isinstance(entry, int if whole else (int, float))
+        and not isinstance(entry, bool)
+        and low <= entry <= high
+        for entry in entries
+    )
+    if not fit or not 1 <= len(entries) <= MAX_LEVELS:
+        allowed = f"a {'whole ' if whole else ''}number from {low} to {high}"
+        allowed = f"a list of 1 to {MAX_LEVELS} entries, each {allowed}" if is_list else allowed
+        got = list(value) if isinstance(value, tuple) else value  # as a file has it
+        raise ConfigurationError(f"{name}: got {describe(got)}, allowed is {allowed}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class UNetConfig:
     num_heads: int = _bounded(8, 1, 256)
     head_dim: int = _bounded(64, 1, 1024)
     num_res_blocks: int = _bounded(2, 1, 16)
-    attn_scales: tuple[float, ...] = _bounded((1.0, 0.5, 0.25), 0, 1)
+    attn_scales: tuple[float, ...] = _bounded((1.0, 0.5, 0.25), 0.0, 1.0)
     num_tokens: int = _bounded(4, 1, 1024)
     default_fps: int = _bounded(8, 1, 240)
     num_groups: int = _bounded(32, 1, 4096)
@@ -156,9 +163,12 @@ class ClipConfig:
 
     def __post_init__(self):
         if self.layer not in LAYER_CHOICES:
+            allowed = ", ".join(LAYER_CHOICES)
             raise ConfigurationError(
-                f"embedder: layer: got {self.layer!r}, allowed are {', '.join(LAYER_CHOICES)}"
+                f"embedder: layer: got {describe(self.layer)}, allowed is one of {allowed}"
             )
+        if not isinstance(self.arch, str):
+            raise ConfigurationError(f"embedder: arch: got {describe(self.arch)}, allowed is a text")
         _check_clip(self.architecture, self.arch)
 
     @cached_property
@@ -207,30 +217,17 @@ def _check_clip(architecture: dict[str, Any], arch: str) -> None:
     ):
         raise ConfigurationError(
             f"embedder: model_cfg: an object with {', '.join(sorted(needed))} is needed, "
-            f"got {str(architecture)[:100]}"
+            f"got {describe(architecture)}"
         )
     if architecture.get("custom_text") or "hf_model_name" in architecture["text_cfg"]:
         raise ConfigurationError(
             f"embedder: arch {arch!r} has no CLIP text transformer of its own, which stage two needs"
         )
-    _check_clip_value("embed_dim", architecture["embed_dim"], 1, 16_384)
+    _check_numbers("embedder: model_cfg: embed_dim", architecture["embed_dim"], (1, 16_384), False)
     for section, bounds in CLIP_KEYS.items():
         for name, value in architecture[section].items():
+            key = f"embedder: model_cfg: {section}: {name}"
             if name not in bounds:
-                raise ConfigurationError(
-                    f"embedder: model_cfg: {section}: {name} is not allowed; allowed are {', '.join(bounds)}"
-                )
-            _check_clip_value(f"{section}: {name}", value, *bounds[name])
-
-
-def _check_clip_value(name: str, value: Any, low: float, high: float) -> None:
-    types = (int, float) if isinstance(high, float) else int
-    stages = (
-        name.endswith("layers") and isinstance(value, list) and 0 < len(value) <= MAX_LEVELS
-    )  # a ResNet's
-    for entry in value if stages else [value]:
-        if not isinstance(entry, types) or isinstance(entry, bool) or not low <= entry <= high:
-            raise ConfigurationError(
-                f"embedder: model_cfg: {name}: got {str(value)[:100]}, "
-                f"allowed is a number from {low} to {high}"
-            )
+                raise ConfigurationError(f"{key} is not allowed; allowed are {', '.join(bounds)}")
+            is_list = name == "layers" and isinstance(value, list)  # a ResNet's, for each of its stages
+            _check_numbers(key, value, bounds[name], is_list)

@@ -6,7 +6,7 @@ import logging
 from functools import lru_cache
 from typing import Any, Mapping
 
-from ..errors import InvalidInputError, describe
+from ..errors import InvalidInputError
 from .rules import did_you_mean, nearest, optional
 from .stages import IMAGE_TO_VIDEO, SETTINGS_OF_STAGE, VIDEO_TO_VIDEO, Setting, call_settings
 
@@ -36,14 +36,7 @@ def check_keywords(stage: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidInputError: for one that resembles a known one, or a value that is not allowed.
     """
-    known = keywords_of(stage)
-    checked: dict[str, Any] = {}
-    for keyword, value in keywords.items():
-        if keyword in known:
-            checked.update(_checked(keyword, value, known[keyword]))
-        else:
-            _decide_on_unknown(keyword, [stage])
-    return checked
+    return _checked(keywords, {name: (stage, each) for name, each in keywords_of(stage).items()})[stage]
 
 
 def split_keywords(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -52,46 +45,53 @@ def split_keywords(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     What both stages know goes to stage one, unless ``refine_`` stands before it; what is declared as
     for both (``seed``, ``fps``, ...) goes to both.
     """
-    known_first, known_second = (keywords_of(stage) for stage in (IMAGE_TO_VIDEO, VIDEO_TO_VIDEO))
-    first: dict[str, Any] = {}
-    second: dict[str, Any] = {}
-    prefixed: dict[str, Any] = {}  # goes before what is for both, whichever comes first in the call
-    for keyword, value in keywords.items():
-        name = keyword.removeprefix(REFINE_PREFIX)
-        if keyword in known_first:
-            checked = _checked(keyword, value, known_first[keyword])
-            first.update(checked)
-            second.update(checked if known_first[keyword].both else {})
-        elif keyword in known_second:
-            second.update(_checked(keyword, value, known_second[keyword]))
-        elif name in known_second:
-            prefixed.update(_checked(keyword, value, known_second[name]))
-        else:
-            _decide_on_unknown(keyword, [IMAGE_TO_VIDEO, VIDEO_TO_VIDEO])
-    return first, {**second, **prefixed}
+    first, second = keywords_of(IMAGE_TO_VIDEO), keywords_of(VIDEO_TO_VIDEO)
+    checked = _checked(
+        keywords,
+        {
+            **{REFINE_PREFIX + name: (VIDEO_TO_VIDEO, each) for name, each in second.items()},
+            **{name: (VIDEO_TO_VIDEO, each) for name, each in second.items()},
+            **{name: (IMAGE_TO_VIDEO, each) for name, each in first.items()},
+        },
+    )
+    for_both = {name: value for name, value in checked[IMAGE_TO_VIDEO].items() if first[name].both}
+    return checked[IMAGE_TO_VIDEO], {**for_both, **checked[VIDEO_TO_VIDEO]}
 
 
-def _checked(keyword: str, value: Any, setting: Setting) -> dict[str, Any]:
-    value = optional(setting.rule).check(keyword, value, InvalidInputError)
-    return {} if value is None else {setting.name: value}
+def _checked(
+    keywords: Mapping[str, Any], known: Mapping[str, tuple[str, Setting]]
+) -> dict[str, dict[str, Any]]:
+    """Return the settings that keywords give, by stage, of the keywords that such a call may have."""
+    checked: dict[str, dict[str, Any]] = {stage: {} for stage, _ in known.values()}
+    # Those with the prefix go before the same ones without it, whichever come first in the call.
+    for keyword in sorted(keywords, key=lambda keyword: keyword.startswith(REFINE_PREFIX)):
+        if keyword not in known:
+            _decide_on_unknown(keyword, {name: stage for name, (stage, _) in known.items()})
+            continue
+        stage, setting = known[keyword]
+        value = optional(setting.rule).check(keyword, keywords[keyword], InvalidInputError)
+        if value is not None:
+            checked[stage][setting.name] = value
+    return checked
 
 
-def _decide_on_unknown(keyword: str, stages: list[str]) -> None:
-    """Refuse a keyword that is known elsewhere or resembles a known one; warn of any other."""
-    known = [(stage, [*_PIPELINES_OWN[stage], *keywords_of(stage)]) for stage in stages]
-    name = keyword.removeprefix(REFINE_PREFIX)
-    if name != keyword and nearest(name, keywords_of(VIDEO_TO_VIDEO)) and len(stages) > 1:
-        known = [(VIDEO_TO_VIDEO, [REFINE_PREFIX + each for each in keywords_of(VIDEO_TO_VIDEO)])]
+def _decide_on_unknown(keyword: str, known: dict[str, str]) -> None:
+    """Refuse a keyword that is known elsewhere or resembles a known one; warn of any other.
+
+    Args:
+        keyword: which is not known.
+        known: those that are, and the stage that each is for.
+    """
+    stages = sorted(set(known.values()))
+    known = {**known, **{name: stage for stage in reversed(stages) for name in _PIPELINES_OWN[stage]}}
+    name, prefix = keyword.removeprefix(REFINE_PREFIX), REFINE_PREFIX * keyword.startswith(REFINE_PREFIX)
+    near = nearest(name, [each[len(prefix) :] for each in known if each.startswith(prefix)])
     elsewhere = _where_known(keyword, stages)
-    if elsewhere:
-        stage, names = known[0]
-        hint = f": {elsewhere}; known are {', '.join(sorted(names))}"
-        raise InvalidInputError(f"{stage} has no keyword {keyword!r}{hint}")
-    near = nearest(keyword, [each for _, names in known for each in names])
-    for stage, names in known:
-        if near in names:
-            hint = did_you_mean(keyword, names)
-            raise InvalidInputError(f"{stage} has no keyword {describe(keyword)}{hint}")
+    if elsewhere or near is not None:
+        stage = stages[0] if elsewhere else known[f"{prefix}{near}"]
+        names = sorted(each for each in known if known[each] == stage)
+        hint = f": {elsewhere}; known are {', '.join(names)}" if elsewhere else did_you_mean(keyword, names)
+        raise InvalidInputError(f"{stage} has no keyword {keyword[:100]!r}{hint}")
     _warn_of_ignored(" and ".join(stages), keyword[:100])
 
 

@@ -56,16 +56,16 @@ def from_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     if not metadata.get("software", "").startswith("modelscope_i2v "):
         return {}
     declared = [each for stage in SETTINGS_OF_STAGE for each in computed_settings(stage).values()]
+    # A text that looks like JSON, say a prompt "3", is a text all the same.
     texts = {*_BESIDE, *(each.keyword for each in declared if each.rule.kind in ("text", "choice"))}
-    entries: dict[str, Any] = {}
-    for name, value in metadata.items():
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError):  # nested thousands of brackets deep
-            parsed = value
-        # A text that looks like JSON, say a prompt "3", is a text all the same.
-        entries[name] = value if name in texts else parsed
-    return entries
+    return {name: value if name in texts else _parsed(value) for name, value in metadata.items()}
+
+
+def _parsed(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):  # nested thousands of brackets deep
+        return value
 
 
 def keywords_like(metadata: Mapping[str, str], name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:

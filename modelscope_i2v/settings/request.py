@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Mapping
 
 from ..errors import InvalidInputError
+from .keywords import check_keywords
 from .rules import choice, unique_keys
 from .stages import SETTINGS_OF_STAGE, Setting, StageSettings, call_settings
 
@@ -64,20 +65,17 @@ class Request:
             InvalidInputError: if its windows cannot be laid out.
         """
         keywords = keywords or {}
-
-        def value(name: str) -> Any:
-            return keywords.get(name, getattr(settings, name, None))
-
-        declared = computed_settings(settings.stage)
-        values = {field: value(each.name) for field, each in declared.items()}
+        values = {
+            field: keywords.get(each.name, getattr(settings, each.name, None))
+            for field, each in computed_settings(settings.stage).items()
+        }
         values["seed"] = _seed(values["seed"], keywords)
-        values["steps"] = values["steps"] or _REFERENCE_STEPS[value("solver_mode") or value("solver")]
+        values["steps"] = values["steps"] or _REFERENCE_STEPS[values.get("solver_mode") or values["solver"]]
         values["size"] = values["size"] or settings.frame_size
         values["window"] = values["window"] or values["frames"]
         if values["overlap"] is None:
             values["overlap"] = values["window"] // 4
-        given = {field: each for field, each in values.items() if each is not None}
-        return cls(stage=settings.stage, **given)
+        return cls(settings.stage, **{field: each for field, each in values.items() if each is not None})
 
     def keywords(self) -> dict[str, Any]:
         """Return the call keywords that make this very request, whatever the settings."""
@@ -91,33 +89,17 @@ class Request:
 
     @classmethod
     def from_json(cls, text: str) -> Request:
-        """Return the request that ``to_json`` wrote.
+        """Return the request that ``to_json`` wrote; what is missing has its reference value.
 
         Raises:
-            InvalidInputError: if a keyword is missing, repeated, unknown or not allowed.
+            InvalidInputError: if it is no JSON object, or a keyword is repeated, unknown or not allowed.
         """
         try:
-            entries = json.loads(text, object_pairs_hook=unique_keys)
-        except (ValueError, RecursionError) as error:
+            keywords = dict(json.loads(text, object_pairs_hook=unique_keys))
+        except (ValueError, TypeError, RecursionError) as error:
             raise InvalidInputError(f"request: is not a JSON object: {error}") from error
-        if not isinstance(entries, dict):
-            raise InvalidInputError(f"request: an object is needed, got {type(entries).__name__}")
-        stage = choice(*SETTINGS_OF_STAGE).check("stage", entries.pop("stage", None), InvalidInputError)
-        declared = {each.keyword: each for each in computed_settings(stage).values()}
-        for words, names in (
-            ("misses", declared.keys() - entries),
-            ("has unknown", entries.keys() - declared),
-        ):
-            if names:
-                raise InvalidInputError(f"request: {words} {', '.join(sorted(names))}")
-        # What is drawn or chosen where the settings are none is there by now.
-        may_be_none = {field.name for field in dataclasses.fields(cls) if field.default is None}
-        values = {}
-        for keyword, each in declared.items():
-            field = str(each.request_field)
-            rule = dataclasses.replace(each.rule, optional=field in may_be_none)
-            values[field] = rule.check(keyword, entries[keyword], InvalidInputError)
-        return cls(stage=stage, **values)
+        stage = choice(*SETTINGS_OF_STAGE).check("stage", keywords.pop("stage", None), InvalidInputError)
+        return cls.resolve(SETTINGS_OF_STAGE[stage](), check_keywords(stage, keywords))
 
     @property
     def prompt(self) -> str:
@@ -125,8 +107,8 @@ class Request:
         return self.text + self.positive_prompt
 
     @property
-    def approximations(self) -> list[str]:
-        """What makes the result another than the published computation's, in words; mostly nothing."""
+    def mode(self) -> str:
+        """``exact``, or ``approximate`` and what departs from the published computation."""
         asked = []
         if self.solver == "dpmpp":
             asked.append("solver dpmpp")
@@ -134,12 +116,7 @@ class Request:
             asked.append("guidance_interval {}-{}".format(*self.guidance_interval))
         if self.reuse_interval > 1:
             asked.append(f"reuse_interval {self.reuse_interval}")
-        return asked
-
-    @property
-    def mode(self) -> str:
-        """``exact``, or ``approximate`` and in which way."""
-        return f"approximate: {', '.join(self.approximations)}" if self.approximations else "exact"
+        return f"approximate: {', '.join(asked)}" if asked else "exact"
 
 
 def _seed(seed: int | None, keywords: Mapping[str, Any]) -> int:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Callable, Iterable
 
 from ..errors import describe
-
-
-class _NotAllowed(ValueError):
-    """A value that a rule does not allow; its text, if any, says more than the rule's words do."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +15,10 @@ class Rule:
     """What a value may be. It is data, so that a form or a flag can be made of it.
 
     Attributes:
-        kind: ``integer``, ``number``, ``text``, ``choice``, ``boolean``, ``size`` ([width, height]),
-            ``interval`` ([first, last], in order), ``list``, ``object``, ``function`` or ``generator``.
-        low, high: bounds of a number, and of each of a size, an interval or a list.
+        kind: a key of ``KINDS``, which has its words and its conversion.
+        low, high: bounds of a number, and of each of a size or an interval.
         choices: the texts that a choice allows, and a boolean beside true and false.
         optional: whether None is allowed, too.
-        non_empty: whether a text must have something in it.
-        item: the rule of each entry of a list.
     """
 
     kind: str
@@ -32,45 +26,28 @@ class Rule:
     high: float = 0
     choices: tuple[str, ...] = ()
     optional: bool = False
-    non_empty: bool = False
-    item: Rule | None = None
 
     @property
     def allowed(self) -> str:
         """What is allowed, in words."""
-        whole = f"a whole number from {self.low} to {self.high}"
-        words = {
-            "integer": whole,
-            "number": f"a number from {self.low} to {self.high}",
-            "text": "a text that is not empty" if self.non_empty else "a text",
-            "choice": f"one of {', '.join(self.choices)}",
-            "boolean": "true or false" if not self.choices else f"true, false or {', '.join(self.choices)}",
-            "size": f"[width, height], each {whole}",
-            "interval": f"[first, last], each {whole}, in order",
-            "list": f"a list, each entry {self.item.allowed if self.item else ''}",
-            "object": "an object",
-            "function": "a function",
-            "generator": "a torch.Generator",
-        }[self.kind]
+        words = KINDS[self.kind][0].format(self.low, self.high, ", ".join(self.choices))
+        if self.kind == "boolean" and self.choices:
+            words = f"true, false or {', '.join(self.choices)}"
         return f"{words}, or none" if self.optional else words
 
-    def convert(self, value: Any) -> Any:
-        """Return the value in its proper type.
-
-        Raises:
-            Exception: any, from the value's own methods, or ours, if it is not allowed.
-        """
+    def check(self, name: str, value: Any, error_type: type[Exception]) -> Any:
+        """Return the value in its proper type, or raise an ``error_type`` that says what is allowed."""
         if value is None and self.optional:
             return None
-        return _CONVERSIONS[self.kind](self, value)
-
-    def check(self, name: str, value: Any, error_type: type[Exception]) -> Any:
-        """Return the converted value, or raise an ``error_type`` that names it and what is allowed."""
         try:
-            return self.convert(value)
+            return KINDS[self.kind][1](self, value)
         except Exception as error:  # a value of a foreign type may raise whatever it likes
             reason = f" ({error})" if isinstance(error, _NotAllowed) and error.args else ""
         raise error_type(f"{name}: got {describe(value)}, allowed is {self.allowed}{reason}")
+
+
+class _NotAllowed(ValueError):
+    """A value that a rule does not allow; its text, if any, says more than the rule's words do."""
 
 
 def _require(condition: bool, *reason: str) -> None:
@@ -78,55 +55,39 @@ def _require(condition: bool, *reason: str) -> None:
         raise _NotAllowed(*reason)
 
 
-def _integer(rule: Rule, value: Any) -> int:
-    _require(isinstance(value, numbers.Integral) and not isinstance(value, bool))
-    _require(rule.low <= value <= rule.high)
-    return int(value)
-
-
-def _number(rule: Rule, value: Any) -> float:
-    _require(isinstance(value, numbers.Real) and not isinstance(value, bool))
+def _number(rule: Rule, value: Any, kind: type = numbers.Real, proper: type = float) -> Any:
+    _require(isinstance(value, kind) and not isinstance(value, bool))
     _require(bool(rule.low <= value <= rule.high))  # which NaN is not
-    return float(value)
+    return proper(value)
+
+
+_integer = partial(_number, kind=numbers.Integral, proper=int)
 
 
 def _text(rule: Rule, value: Any) -> str:
-    _require(isinstance(value, str) and (bool(value.strip()) or not rule.non_empty))
+    _require(isinstance(value, str))
     # No file could be named so, and no video's metadata hold it: refused now, not after minutes of work.
     clean = "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
     _require(clean, "without null characters and halves of surrogate pairs")
     return value
 
 
-def _choice(rule: Rule, value: Any) -> str:
-    _require(isinstance(value, str) and value in rule.choices)
+def _name(rule: Rule, value: Any) -> str:
+    _require(bool(_text(rule, value).strip()))
     return value
 
 
-def _boolean(rule: Rule, value: Any) -> bool | str:
-    _require(isinstance(value, bool) or (isinstance(value, str) and value in rule.choices))
+def _choice(rule: Rule, value: Any) -> str | bool:
+    is_flag = rule.kind == "boolean" and isinstance(value, bool)
+    _require(is_flag or (isinstance(value, str) and value in rule.choices))
     return value
 
 
 def _pair(rule: Rule, value: Any) -> tuple[int, int]:
     _require(isinstance(value, (list, tuple)) and len(value) == 2)
-    return _integer(rule, value[0]), _integer(rule, value[1])
-
-
-def _interval(rule: Rule, value: Any) -> tuple[int, int]:
-    first, last = _pair(rule, value)
-    _require(first <= last)
+    first, last = (_integer(rule, each) for each in value)
+    _require(first <= last or rule.kind != "interval")
     return first, last
-
-
-def _list(rule: Rule, value: Any) -> tuple:
-    _require(isinstance(value, (list, tuple)) and len(value) > 0)
-    return tuple(rule.item.convert(entry) for entry in value) if rule.item else tuple(value)
-
-
-def _object(rule: Rule, value: Any) -> dict:
-    _require(isinstance(value, dict))
-    return value
 
 
 def _function(rule: Rule, value: Any) -> Callable:
@@ -141,34 +102,28 @@ def _generator(rule: Rule, value: Any) -> Any:
     return value
 
 
-_CONVERSIONS: dict[str, Callable[[Rule, Any], Any]] = {
-    "integer": _integer,
-    "number": _number,
-    "text": _text,
-    "choice": _choice,
-    "boolean": _boolean,
-    "size": _pair,
-    "interval": _interval,
-    "list": _list,
-    "object": _object,
-    "function": _function,
-    "generator": _generator,
+#: By kind: what is allowed in words, of the bounds and the choices, and the conversion to the proper type.
+KINDS: dict[str, tuple[str, Callable[[Rule, Any], Any]]] = {
+    "integer": ("a whole number from {0} to {1}", _integer),
+    "number": ("a number from {0} to {1}", _number),
+    "text": ("a text", _text),
+    "name": ("a text that is not empty", _name),
+    "choice": ("one of {2}", _choice),
+    "boolean": ("true or false", _choice),
+    "size": ("[width, height], each a whole number from {0} to {1}", _pair),
+    "interval": ("[first, last], each a whole number from {0} to {1}, in order", _pair),
+    "function": ("a function", _function),
+    "generator": ("a torch.Generator", _generator),
 }
 
-
-def integer(low: int, high: int) -> Rule:
-    return Rule("integer", low, high)
-
-
-def number(low: float, high: float) -> Rule:
-    return Rule("number", low, high)
-
-
-def text(non_empty: bool = False) -> Rule:
-    return Rule("text", non_empty=non_empty)
+integer = partial(Rule, "integer")
+number = partial(Rule, "number")
+size = partial(Rule, "size")
+interval = partial(Rule, "interval")
 
 
 def choice(*names: str) -> Rule:
+    """One of the names."""
     return Rule("choice", choices=names)
 
 
@@ -177,16 +132,9 @@ def boolean(*other: str) -> Rule:
     return Rule("boolean", choices=other)
 
 
-def size(low: int, high: int) -> Rule:
-    return Rule("size", low, high)
-
-
-def interval(low: int, high: int) -> Rule:
-    return Rule("interval", low, high)
-
-
-def list_of(item: Rule) -> Rule:
-    return Rule("list", item=item)
+def text(non_empty: bool = False) -> Rule:
+    """A text, or one with something in it."""
+    return Rule("name" if non_empty else "text")
 
 
 def optional(rule: Rule) -> Rule:

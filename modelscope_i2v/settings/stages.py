@@ -1,4 +1,4 @@
-"""The settings of both stages, each declared once, with all that is said of it anywhere.
+"""The settings of both stages, each declared once.
 
 What ``configuration.json`` and calls may give, requests, records, command-line flags and the README's tables
 are made from these declarations. Every setting has its reference value as default.
@@ -35,7 +35,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What is declared of a setting.
+    """The declaration of a setting.
 
     Attributes:
         rule: what it may be.
@@ -49,7 +49,6 @@ class Setting:
         loading: whether it concerns how a stage is loaded.
         stage: the only stage that has it, for what only calls have.
         flag: on the command line, without dashes, if that is not the keyword.
-        metavar: on the command line, if it is not its kind's.
     """
 
     rule: Rule
@@ -62,7 +61,6 @@ class Setting:
     loading: bool = False
     stage: str = ""
     flag: str = ""
-    metavar: str = ""
 
     def named(self, name: str) -> Setting:
         """Return the declaration with all its names filled in."""
@@ -156,11 +154,12 @@ class StageSettings:
     clip: ClipConfig = field(default_factory=ClipConfig)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        names = [each.name for each in dataclasses.fields(self)]
-        if name not in names:
-            raise ConfigurationError(f"{self.stage} has no setting {name!r}{did_you_mean(name, names)}")
         if name in self.declared():
             value = self.declared()[name].rule.check(name, value, ConfigurationError)
+        elif name not in ("unet", "autoencoder", "clip"):
+            raise ConfigurationError(
+                f"{self.stage} has no setting {name!r}{did_you_mean(name, self.names())}"
+            )
         super().__setattr__(name, value)
 
     @classmethod
@@ -253,12 +252,13 @@ CALL_ONLY: dict[str, Setting] = {
         ),
         "callback": Setting(
             Rule("function"),
-            "called after each step with the step, the timestep or noise level, and the latents",
+            "called after each step with the step, the timestep or noise level, and the latents; may raise "
+            "StopIteration to end the call",
             in_call=True, request_field=None, both=True,
         ),
         "progress": Setting(
             boolean(),
-            "show progress bars, or none; by default only on a terminal",
+            "show progress bars, or none; by default only on a terminal and in a notebook",
             in_call=True, request_field=None, both=True,
         ),
     }.items()

@@ -10,41 +10,29 @@ import sys
 from pathlib import Path
 from typing import Any, Iterable, Sequence
 
-from .stages import IMAGE_TO_VIDEO, SETTINGS_OF_STAGE, VIDEO_TO_VIDEO, Setting, call_settings
-
-_STAGE_WORDS = {IMAGE_TO_VIDEO: "stage one", VIDEO_TO_VIDEO: "stage two"}
+from .stages import SETTINGS_OF_STAGE, Setting, call_settings
 
 
 def settings_table() -> str:
     """Return the table of what ``configuration.json`` may hold, architectures left out."""
-    defaults = {stage: settings() for stage, settings in SETTINGS_OF_STAGE.items()}
-    declared = {name: each for values in defaults.values() for name, each in values.declared().items()}
+    one, two = (settings() for settings in SETTINGS_OF_STAGE.values())
     rows = []
-    for name, each in declared.items():
+    for name, each in {**one.declared(), **two.declared()}.items():
+        defaults = [_default(getattr(values, name)) for values in (one, two) if name in values.declared()]
+        stage = _stage(name, one.declared(), two.declared())
+        shown = "; ".join(dict.fromkeys(defaults)) if stage == "both" else f"{stage}: {defaults[0]}"
         key = f"`{name}` (or `Seed`)" if name == "seed" else f"`{name}`"
-        shown = {
-            s: _default(getattr(values, name)) for s, values in defaults.items() if name in values.names()
-        }
-        if len(shown) == 1:
-            [(stage, default)] = shown.items()
-            shown = {stage: f"{_STAGE_WORDS[stage]}: {default}"}
-        rows.append((key, "; ".join(dict.fromkeys(shown.values())), f"{each.help} ({each.rule.allowed})"))
+        rows.append((key, shown, f"{each.help} ({each.rule.allowed})"))
     return _table(("key", "default (stage one; stage two)", "meaning, and what is allowed"), rows)
 
 
 def keywords_table() -> str:
     """Return the table of what a call may give, and its flags on the command line."""
-    stages: dict[str, list[str]] = {}
-    declared: dict[str, Setting] = {}
-    for stage in SETTINGS_OF_STAGE:
-        for each in call_settings(stage).values():
-            stages.setdefault(each.keyword, []).append(_STAGE_WORDS[stage])
-            declared[each.keyword] = each
+    one, two = (call_settings(stage) for stage in SETTINGS_OF_STAGE)
     rows = []
-    for keyword, each in declared.items():
-        of_stage = "both" if len(stages[keyword]) > 1 else stages[keyword][0]
+    for name, each in {**one, **two}.items():
         flag = "" if each.rule.kind in ("function", "generator") else f"`--{each.flag}`"
-        rows.append((f"`{keyword}`", of_stage, flag, each.help))
+        rows.append((f"`{each.keyword}`", _stage(name, one, two), flag, each.help))
     return _table(("keyword", "stage", "flag", "meaning"), rows)
 
 
@@ -58,6 +46,11 @@ def with_tables(text: str) -> str:
         _, end, after = rest.partition(f"<!-- {name}:end -->")
         text = f"{before}{begin}{table()}{end}{after}" if end else text
     return text
+
+
+def _stage(name: str, one: dict[str, Setting], two: dict[str, Setting]) -> str:
+    """Return in words which stages have a setting."""
+    return "both" if name in one and name in two else f"stage {'one' if name in one else 'two'}"
 
 
 def _default(value: Any) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -386,6 +387,18 @@ def test_text_that_is_no_json_is_located(tmp_path, text, line, columns):
 def test_files_that_are_no_configuration_are_refused(tmp_path, stage, contents, message):
     folder = written(tmp_path, contents)
     assert refusal_of(folder, stage).startswith(f"{folder / 'configuration.json'}: {message}")
+
+
+@pytest.mark.timeout(20)
+def test_what_is_no_ordinary_file_is_refused_at_once(tmp_path):
+    path = written(tmp_path, " " * (2**20 + 1)) / "configuration.json"
+    assert refusal_of(tmp_path) == f"{path}: is no configuration: it is larger than 1,048,576 bytes"
+    path.unlink()
+    os.mkfifo(path)
+    assert refusal_of(tmp_path) == f"{path}: is no configuration: it is not an ordinary file"
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert refusal_of(tmp_path) == f"{path}: is no configuration: it is not an ordinary file"
 
 
 def test_missing_file_and_folder(tmp_path):

@@ -18,6 +18,7 @@ from .stages import SETTINGS_OF_STAGE, VIDEO_TO_VIDEO, StageSettings
 logger = logging.getLogger(__name__)
 
 FILE_NAME = "configuration.json"
+_MOST_BYTES = 2**20
 
 #: In a folder that holds both stages, the section of the file that describes the second.
 SECOND_STAGE_SECTION = "video_to_video"
@@ -42,10 +43,14 @@ def read_configuration(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         MissingFileError: if the folder or the file is not there.
-        ConfigurationError: if it cannot be read, is not a JSON object, or has a key twice.
+        ConfigurationError: if it cannot be read, is no JSON object of sensible size, or has a key twice.
     """
     path = Path(folder) / FILE_NAME
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe, or a device without an end
+            raise ValueError("it is not an ordinary file")
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it is larger than {_MOST_BYTES:,} bytes")
         contents = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
     except (FileNotFoundError, NotADirectoryError) as error:
         what = "there is no such file" if Path(folder).is_dir() else "there is no such folder"

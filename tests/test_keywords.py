@@ -81,6 +81,9 @@ WRONG = {
     "generator": (5, "a torch.Generator"),
     "callback": ("print", "a function"),
     "progress": (1, "true or false"),
+    "lora": (3, "a path, or a list of paths"),
+    "lora_dir": (["a", ""], "a path, or a list of paths"),
+    "lora_scale": ([1, 20], "a number from -10 to 10, or a list of such"),
 }
 
 

@@ -42,6 +42,8 @@ _KINDS: dict[str, dict[str, Any]] = {
     "choice": {},
     "boolean": {"action": argparse.BooleanOptionalAction},
     "size": {"type": size_argument, "metavar": "WxH"},
+    "paths": {"action": "append", "metavar": "PATH"},
+    "numbers": {"action": "append", "type": float, "metavar": "X"},
     "interval": {"type": interval_argument, "metavar": "FIRST-LAST"},
 }
 

@@ -47,6 +47,7 @@ class StageRun:
         from ..settings.request import Request
         from ..settings.stages import SETTINGS_OF_STAGE
         from ..weights import find_checkpoint
+        from ..weights.adapters import check_adapters, find_adapter
 
         keywords = check_keywords(self.stage, self.keywords)
         check_device(self.settings.get("device"))
@@ -57,12 +58,17 @@ class StageRun:
                     f"there is no folder {self.model!r}, nor is it an id on the hub, which is owner/name"
                 )
             settings = SETTINGS_OF_STAGE[self.stage](**overrides)
-            check_limits(settings, Request.resolve(settings, keywords))
+            request = Request.resolve(settings, keywords)
+            check_limits(settings, request)
+            for path in request.lora:
+                find_adapter(path)
             return
         settings = load_settings(self.model, self.stage, overrides)
-        check_limits(settings, Request.resolve(settings, keywords))
+        request = Request.resolve(settings, keywords)
+        check_limits(settings, request)
         for name in _CHECKPOINTS:
             find_checkpoint(self.model, getattr(settings, name))
+        check_adapters(request.lora, self.model, settings)
 
     def downloaded(self) -> StageRun:
         """Return this run with its model in a folder, checked."""

@@ -92,7 +92,7 @@ class ImageToVideo(Stage):
             sample, levels = sample_ddim, ddim_levels(self.schedule, request.steps)
 
         # 4. Denoising, guided.
-        with self._phase("denoising", progress, request, frames, self.unet) as device:
+        with self._denoising(progress, request, frames) as device:
             noise = noise.to(device)
             fps = torch.full((batch,), request.fps, device=device)
             denoise = self._denoiser(y, torch.zeros_like(y), noise, levels[0], request, progress, fps=fps)

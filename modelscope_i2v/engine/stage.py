@@ -23,6 +23,7 @@ from ..settings.record import configuration_sha256, record, to_metadata
 from ..settings.request import Request
 from ..settings.stages import StageSettings
 from ..weights import load_weights
+from ..weights.adapters import MergedAdapters, check_adapter, find_adapter
 from ..weights.loading import precision_name
 from ..weights.parts import stage_parts
 from .compilation import CompiledBlocks
@@ -80,7 +81,10 @@ class Stage(nn.Module):
         self._chunked_for: torch.device | None = None
         self._compiled = CompiledBlocks(self.unet) if settings.compile else None
         self._one_at_a_time = threading.RLock()
+        self._adapters = MergedAdapters(self.unet, self.name)
         self.eval().requires_grad_(False)
+        if settings.lora:
+            self._use_adapters(Request.resolve(settings))
 
     @classmethod
     def load(
@@ -118,11 +122,14 @@ class Stage(nn.Module):
 
         Raises:
             InvalidInputError: for a keyword that is unknown, not allowed or beyond a limit.
+            MissingFileError, CheckpointError: for an adapter that is not there or does not fit.
         """
         checked = check_keywords(self.name, keywords)
         progress = Progress(checked.pop("callback", None), checked.pop("progress", None))
         request = Request.resolve(self.settings, checked)
         check_limits(self.settings, request)
+        for path in request.lora:
+            check_adapter(find_adapter(path, self.folder), self.unet, self.name)
         return request, progress
 
     def decode(
@@ -141,7 +148,24 @@ class Stage(nn.Module):
         frames = self.decode(latents, request, progress, to_uint8=True)[0].numpy()
         precision = precision_name(self.unet.dtype)
         entries = {**record(request, self.folder, self.configuration_sha256, precision), **more}
+        if request.lora:
+            entries["lora_sha256"] = [sha256 for sha256, _ in self._adapters.merged]
         return GeneratedVideo(frames, entries["fps"], to_metadata(entries), entries, progress.seconds)
+
+    def _use_adapters(self, request: Request) -> None:
+        """Give the UNet a request's adapters, and take others out."""
+        if self._adapters.network is not self.unet:  # somebody has assigned another
+            self._adapters = MergedAdapters(self.unet, self.name)
+        paths = [find_adapter(path, self.folder) for path in request.lora]
+        self._adapters.use(list(zip(paths, request.lora_scale)))
+
+    @contextmanager
+    def _denoising(self, progress: Progress, request: Request, frames: int) -> Iterator[torch.device]:
+        """Time the denoising, in which the UNet has the request's adapters and no other call's."""
+        with self._one_at_a_time:
+            self._use_adapters(request)
+            with self._phase("denoising", progress, request, frames, self.unet) as device:
+                yield device
 
     @contextmanager
     def _phase(

@@ -8,7 +8,7 @@ from typing import Any, Iterable
 
 from ..errors import ConfigurationError
 from ..settings.configuration import SECOND_STAGE_SECTION, read_configuration
-from ..settings.keywords import split_keywords
+from ..settings.keywords import split_keywords, split_settings
 from .generated import GeneratedVideo
 from .image_to_video import ImageToVideo
 from .previews import generate_previews
@@ -40,15 +40,17 @@ class TwoStages:
             folder: stage one's model folder.
             second_folder: stage two's; by default ``folder`` describes both.
             device: as of ``Stage.load``.
-            **settings: take precedence over those of the files, in both.
+            **settings: take precedence over those of the files, in both; but ``lora`` and ``lora_scale`` are
+                stage one's, ``refine_lora`` and ``refine_lora_scale`` stage two's.
 
         Raises:
             ConfigurationError, MissingFileError, CheckpointError, NotEnoughMemoryError: if it cannot be.
         """
         if second_folder is None and not describes_second_stage(folder):
             raise ConfigurationError(f"{folder} describes no second stage; give its folder, too")
-        first = ImageToVideo.load(folder, device, **settings)
-        return cls(first, VideoToVideo.load(second_folder or folder, device, **settings))
+        of_first, of_second = split_settings(settings)
+        first = ImageToVideo.load(folder, device, **of_first)
+        return cls(first, VideoToVideo.load(second_folder or folder, device, **of_second))
 
     def preview(self, image: Any, seeds: Iterable[int], **keywords: Any) -> list[GeneratedVideo]:
         """Return stage one's video of each seed, to choose the one to refine."""

@@ -159,7 +159,7 @@ class VideoToVideo(Stage):
         levels = layout(self.schedule, request.steps, request.total_noise_levels)
 
         # 5. Denoising, guided.
-        with self._phase("denoising", progress, request, count, self.unet) as device:
+        with self._denoising(progress, request, count) as device:
             noised = self.schedule.add_noise(x0.to(device), noise.to(device), request.total_noise_levels - 1)
             denoise = self._denoiser(y, negative_y, noised, levels[0], request, progress)
             # Variance-exploding would be x / alpha; the published sampling multiplies by s = sigma / alpha.

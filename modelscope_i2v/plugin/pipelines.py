@@ -62,6 +62,9 @@ class StagePipeline(Pipeline):
             **kwargs: settings and call keywords, which go before those of the folder's file.
         """
         stage = self.model_class.stage_class.name
+        declared = SETTINGS_OF_STAGE[stage].declared()
+        aliases = {each.alias: name for name, each in declared.items() if each.alias}
+        kwargs = {aliases.get(name, name): value for name, value in kwargs.items()}
         settings = {name: kwargs.pop(name) for name in SETTINGS_OF_STAGE[stage].names() if name in kwargs}
         defaults = {name: kwargs.pop(name) for name in keywords_of(stage) if name in kwargs}
         if isinstance(model, str):

@@ -23,9 +23,9 @@ _PIPELINES_OWN = {
 
 
 def keywords_of(stage: str) -> dict[str, Setting]:
-    """Return what a call of a stage may give, by keyword; a setting's own name is a keyword, too."""
+    """Return what a call of a stage may give, by keyword; a setting's own name and alias are such, too."""
     settings = call_settings(stage).values()
-    return {name: each for each in settings for name in sorted({each.keyword, each.name})}
+    return {name: each for each in settings for name in sorted({each.keyword, each.name, each.alias} - {""})}
 
 
 def check_keywords(stage: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -56,6 +56,19 @@ def split_keywords(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
     )
     for_both = {name: value for name, value in checked[IMAGE_TO_VIDEO].items() if first[name].both}
     return checked[IMAGE_TO_VIDEO], {**for_both, **checked[VIDEO_TO_VIDEO]}
+
+
+def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what both stages' loading gives to stage one and to stage two.
+
+    An adapter fits one stage: ``lora`` and ``lora_scale`` go to stage one, and with ``refine_`` before the
+    name to stage two. All else goes to both.
+    """
+    own = ("lora", "lora_scale")
+    refined = {REFINE_PREFIX + name: name for name in own}
+    first = {name: value for name, value in settings.items() if name not in refined}
+    second = {refined.get(name, name): value for name, value in settings.items() if name not in own}
+    return first, second
 
 
 def _checked(

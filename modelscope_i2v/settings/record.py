@@ -31,19 +31,25 @@ def record(request: Request, model_dir: str | Path, configuration: str, precisio
 
     Besides the request's keywords: ``stage``, ``model`` (the folder's name), ``configuration_sha256`` of
     its file, given as ``configuration``, ``precision``, ``mode`` (``exact``, or what was approximated) and
-    ``software``.
+    ``software``. Of adapters, as of the model, there are the names, not the paths.
     """
-    # A name that is not UTF-8 could not be written into the file.
-    folder = Path(model_dir).resolve().name.encode("utf-8", "replace").decode("utf-8")
+    keywords = request.keywords()
+    if request.lora:
+        keywords["lora"] = [_name(path) for path in request.lora]
     return {
         "stage": request.stage,
-        **request.keywords(),
-        "model": folder,
+        **keywords,
+        "model": _name(model_dir),
         "configuration_sha256": configuration,
         "precision": precision,
         "mode": request.mode,
         "software": f"modelscope_i2v {__version__}",
     }
+
+
+def _name(path: str | Path) -> str:
+    """Return a path's last part, as it can be written into a file: UTF-8."""
+    return Path(path).expanduser().resolve().name.encode("utf-8", "replace").decode("utf-8")
 
 
 def to_metadata(entries: Mapping[str, Any]) -> dict[str, str]:

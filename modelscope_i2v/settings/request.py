@@ -16,6 +16,9 @@ from .stages import SETTINGS_OF_STAGE, Setting, StageSettings, call_settings
 #: By solver, of stage two or of stage one.
 _REFERENCE_STEPS = {"fast": 30, "normal": 50, "ddim": 50, "dpmpp": 25}
 
+#: Of a request: its adapters, of which a record says nothing where there are none.
+_ADAPTERS = ("lora", "lora_scale")
+
 
 def computed_settings(stage: str) -> dict[str, Setting]:
     """Return the declarations of what a stage's request holds, by the request's field."""
@@ -50,6 +53,8 @@ class Request:
     total_noise_levels: int = 0
     solver_mode: str = ""
     guide_rescale: float = 0.0
+    lora: tuple[str, ...] = ()
+    lora_scale: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.overlap >= self.window:
@@ -75,12 +80,15 @@ class Request:
         values["window"] = values["window"] or values["frames"]
         if values["overlap"] is None:
             values["overlap"] = values["window"] // 4
+        values["lora"], values["lora_scale"] = _adapters(values["lora"], values["lora_scale"])
         return cls(settings.stage, **{field: each for field, each in values.items() if each is not None})
 
     def keywords(self) -> dict[str, Any]:
         """Return the call keywords that make this very request, whatever the settings."""
         declared = computed_settings(self.stage)
         names = [field.name for field in dataclasses.fields(self) if field.name in declared]
+        if not self.lora:
+            names = [name for name in names if name not in _ADAPTERS]
         return {declared[name].keyword: getattr(self, name) for name in names}
 
     def to_json(self) -> str:
@@ -117,6 +125,19 @@ class Request:
         if self.reuse_interval > 1:
             asked.append(f"reuse_interval {self.reuse_interval}")
         return f"approximate: {', '.join(asked)}" if asked else "exact"
+
+
+def _adapters(lora: Any, scale: Any) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Return the adapters and as many scales."""
+    paths = (lora,) if isinstance(lora, str) else tuple(lora or ())
+    scales = scale if isinstance(scale, tuple) else (scale,)
+    if len(scales) == 1:
+        scales *= len(paths)
+    if paths and len(scales) != len(paths):
+        raise InvalidInputError(
+            f"lora_scale: got {len(scales)} numbers for {len(paths)} adapters, allowed is one, or as many"
+        )
+    return paths, scales[: len(paths)]
 
 
 def _seed(seed: int | None, keywords: Mapping[str, Any]) -> int:

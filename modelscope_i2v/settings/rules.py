@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Callable, Iterable
@@ -90,6 +91,16 @@ def _pair(rule: Rule, value: Any) -> tuple[int, int]:
     return first, last
 
 
+def _paths(rule: Rule, value: Any) -> str | tuple[str, ...]:
+    several = isinstance(value, (list, tuple))
+    return tuple(_name(rule, os.fspath(each)) for each in value) if several else _name(rule, os.fspath(value))
+
+
+def _numbers(rule: Rule, value: Any) -> float | tuple[float, ...]:
+    several = isinstance(value, (list, tuple))
+    return tuple(_number(rule, each) for each in value) if several else _number(rule, value)
+
+
 def _function(rule: Rule, value: Any) -> Callable:
     _require(callable(value))
     return value
@@ -112,6 +123,8 @@ KINDS: dict[str, tuple[str, Callable[[Rule, Any], Any]]] = {
     "boolean": ("true or false", _choice),
     "size": ("[width, height], each a whole number from {0} to {1}", _pair),
     "interval": ("[first, last], each a whole number from {0} to {1}, in order", _pair),
+    "paths": ("a path, or a list of paths", _paths),
+    "numbers": ("a number from {0} to {1}, or a list of such", _numbers),
     "function": ("a function", _function),
     "generator": ("a torch.Generator", _generator),
 }

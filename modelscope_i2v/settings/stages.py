@@ -49,6 +49,7 @@ class Setting:
         loading: whether it concerns how a stage is loaded.
         stage: the only stage that has it, for what only calls have.
         flag: on the command line, without dashes, if that is not the keyword.
+        alias: another keyword for it, which callers know from elsewhere.
     """
 
     rule: Rule
@@ -61,6 +62,7 @@ class Setting:
     loading: bool = False
     stage: str = ""
     flag: str = ""
+    alias: str = ""
 
     def named(self, name: str) -> Setting:
         """Return the declaration with all its names filled in."""
@@ -132,6 +134,17 @@ class StageSettings:
         False, boolean(), "compile the UNet's transformer blocks (torch.compile) when they first meet a size",
         loading=True,
     )  # fmt: skip
+    lora: str | tuple[str, ...] | None = _setting(
+        None, Rule("paths", optional=True),
+        "LoRA adapters in the UNet's weights: a file or its folder, or several; an empty list for none",
+        in_call=True, alias="lora_dir",
+    )  # fmt: skip
+    lora_scale: float | tuple[float, ...] = _setting(
+        1.0,
+        Rule("numbers", -10, 10),
+        "strength of the adapters: of all, or a list of each one's",
+        in_call=True,
+    )
     # Approximations: by default there are none.
     guidance_interval: tuple[int, int] | None = _setting(
         None, optional(interval(0, 999)),

@@ -8,14 +8,19 @@ import resource
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from modelscope.outputs import OutputKeys
 from modelscope.pipelines import pipeline
+from safetensors import safe_open
 from safetensors.torch import load_file
 from sample_videos import moving_frames
+from test_lora import trained
+from tiny_networks import built
 from tqdm import tqdm
 
+from modelscope_i2v import ImageToVideo
 from modelscope_i2v.cli import main
 from modelscope_i2v.errors import (
     CheckpointError,
@@ -26,6 +31,7 @@ from modelscope_i2v.errors import (
 )
 from modelscope_i2v.media.video import read_video, write_video
 from modelscope_i2v.settings.configuration import load_settings
+from modelscope_i2v.training.lora import save_adapter
 from modelscope_i2v.weights import open_checkpoint
 from modelscope_i2v.weights.conversion import convert_folder
 from modelscope_i2v.weights.parts import stage_parts
@@ -451,3 +457,31 @@ def test_the_commands_faults(small_model, tmp_path, monkeypatch, capsys):
         assert "Traceback" not in captured.err and captured.out == ""
         assert words in captured.err.splitlines()[-1]
     assert names(tmp_path) == ["full"]
+
+
+def test_adapters_are_merged_each_into_its_stage(small_model, combined, picture, tmp_path):
+    """What is written gives the video that its source gives with them."""
+    paths = {stage: tmp_path / f"{stage}.safetensors" for stage in STAGES}
+    for stage, model in zip(STAGES, small_model):
+        unet = trained(built(load_settings(model, stage).unet))
+        save_adapter(unet, paths[stage], {"stage": stage} if stage == TWO else {})
+    output = tmp_path / "merged"
+    convert_folder(combined, output, "bf16", lora=[paths[TWO], paths[ONE]], lora_scale=[0.5, 2])
+    call = {"seed": 1, "steps": 1, "max_frames": 2, "resolution": (32, 32)}
+    stage, source = (ImageToVideo.load(folder, "cpu", precision="bf16") for folder in (output, combined))
+    expected = source(picture, **call, lora=paths[ONE], lora_scale=2).frames
+    assert np.array_equal(stage(picture, **call).frames, expected)
+    assert not np.array_equal(source(picture, **call).frames, expected)
+    with safe_open(output / f"{UNETS[TWO]}.safetensors", "pt") as file:
+        [origin] = json.loads(file.metadata()["lora"])
+    assert (origin["name"], origin["scale"]) == (f"{TWO}.safetensors", 0.5)
+    assert (output / f"{CLIP}.safetensors").read_bytes() == (combined / f"{CLIP}.safetensors").read_bytes()
+
+
+def test_an_adapter_that_fits_no_stage_is_refused(small_model, tmp_path, capsys):
+    save_adapter(trained(built(load_settings(small_model[1], TWO).unet)), tmp_path / "a", {"stage": TWO})
+    arguments = ["convert", str(small_model[0]), str(tmp_path / "out")]
+    assert main([*arguments, "--lora", str(tmp_path / "a"), "--lora-scale", "0.5"]) == 1
+    assert f"it was trained for {TWO}, and this is {ONE}" in capsys.readouterr().err
+    assert main([*arguments, "--lora", "nowhere"]) == 2
+    assert not (tmp_path / "out").exists()

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 
+from ..settings.stages import StageSettings
 from .command import Command, echo, without_none
+from .flags import add_flags, values_of
+
+_LORA = [StageSettings.declared()[name] for name in ("lora", "lora_scale")]
 
 
 def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,6 +18,7 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add("other_folder", nargs="?", metavar="DIR2", help="the other stage's, to make one folder of both")
     add("output", metavar="OUT", help="the folder to write, which is not there yet, or is empty")
     add("--precision", metavar="P", help="of the weights: fp16 (default), bf16 or fp32")
+    add_flags(parser, _LORA)
     add("--progress", action="store_true", help="show a progress bar, not only on a terminal")
 
 
@@ -25,6 +30,7 @@ def _convert(arguments: argparse.Namespace) -> None:
         sources,
         arguments.output,
         **without_none(precision=arguments.precision, progress=arguments.progress or None),
+        **values_of(arguments, _LORA),
     )
     for file in done.files:
         path = os.path.join(arguments.output, file.name)

@@ -80,7 +80,7 @@ class Request:
         values["window"] = values["window"] or values["frames"]
         if values["overlap"] is None:
             values["overlap"] = values["window"] // 4
-        values["lora"], values["lora_scale"] = _adapters(values["lora"], values["lora_scale"])
+        values["lora"], values["lora_scale"] = with_scales(values["lora"], values["lora_scale"])
         return cls(settings.stage, **{field: each for field, each in values.items() if each is not None})
 
     def keywords(self) -> dict[str, Any]:
@@ -127,8 +127,12 @@ class Request:
         return f"approximate: {', '.join(asked)}" if asked else "exact"
 
 
-def _adapters(lora: Any, scale: Any) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """Return the adapters and as many scales."""
+def with_scales(lora: Any, scale: Any) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Return the adapters of ``lora`` and as many scales, each of the two one or several.
+
+    Raises:
+        InvalidInputError: if there are neither one scale nor as many as adapters.
+    """
     paths = (lora,) if isinstance(lora, str) else tuple(lora or ())
     scales = scale if isinstance(scale, tuple) else (scale,)
     if len(scales) == 1:

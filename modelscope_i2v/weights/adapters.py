@@ -49,10 +49,6 @@ class Change:
     down: Tensor
     scale: float
 
-    def times(self, scale: float) -> Change:
-        """Return it, so many times as strong."""
-        return Change(self.up, self.down, scale * self.scale)
-
 
 @dataclass(frozen=True)
 class _Layer:
@@ -139,17 +135,62 @@ def read_adapter(path: Path, network: nn.Module, stage: str) -> dict[str, Change
         return changes
 
 
-def adapter_stage(path: Path) -> str | None:
-    """Return the stage that an adapter says it was trained for, if it does."""
-    return _metadata(path).get("stage")
+def stage_of_adapter(path: Path, networks: Mapping[str, nn.Module]) -> str:
+    """Return the stage that an adapter is for, of networks by their stages.
+
+    Raises:
+        CheckpointError: if it fits none of them.
+    """
+    named = _metadata(path).get("stage")
+    faults = []
+    for stage in sorted(networks, key=lambda stage: stage != named):
+        try:
+            check_adapter(path, networks[stage], stage)
+            return stage
+        except CheckpointError as error:
+            faults.append(error)
+    raise faults[0]
 
 
-def merged_weight(weight: Tensor, changes: Iterable[Change]) -> Tensor:
-    """Return a weight with changes added, in its own type, on the CPU."""
+def read_changes(
+    adapters: Iterable[tuple[Path, float]], network: nn.Module, stage: str
+) -> dict[str, list[Change]]:
+    """Return the changes of adapters, of a file and a scale each, by weight, as of ``read_adapter``."""
+    changes: dict[str, list[Change]] = {}
+    for path, scale in adapters:
+        for name, change in read_adapter(path, network, stage).items():
+            changes.setdefault(name, []).append(Change(change.up, change.down, scale * change.scale))
+    return changes
+
+
+def merged_weight(name: str, weight: Tensor, changes: Iterable[Change]) -> Tensor:
+    """Return a weight with changes added, in its own type, on the CPU.
+
+    Raises:
+        CheckpointError: if it is not finite.
+    """
     total = weight.to("cpu", torch.promote_types(weight.dtype, torch.float32), copy=True)
     for change in changes:
         total += (change.scale * (change.up @ change.down)).reshape(total.shape)
-    return total.to(weight.dtype)
+    merged = total.to(weight.dtype)
+    if not merged.isfinite().all():
+        raise CheckpointError(
+            f"With these LoRA adapters the weight '{name}' is not finite in {precision_name(weight.dtype)}: "
+            "use a smaller lora_scale, or precision fp32."
+        )
+    return merged
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
+    except OSError as error:
+        raise CheckpointError(f"The LoRA adapter '{path}' cannot be read: {error}.") from error
+    return digest.hexdigest()
 
 
 class MergedAdapters:
@@ -176,33 +217,22 @@ class MergedAdapters:
             CheckpointError: as of ``read_adapter``, or if a weight is no longer finite; then the network is
                 as it was before, or has no adapter.
         """
-        wanted = tuple((_sha256(path), scale) for path, scale in adapters)
+        wanted = tuple((file_sha256(path), scale) for path, scale in adapters)
         if wanted == self.merged:
             return
-        changes: dict[str, list[Change]] = {}
-        for path, scale in adapters:
-            for name, change in read_adapter(path, self.network, self._stage).items():
-                changes.setdefault(name, []).append(change.times(scale))
+        changes = read_changes(adapters, self.network, self._stage)
         self.remove()
         try:
             for name, of_weight in changes.items():
-                self._merge(name, of_weight)
+                weight = self.network.get_parameter(name)
+                original = weight.detach().to("cpu", copy=True)
+                merged = merged_weight(name, original, of_weight)
+                self._originals[name] = original
+                weight.copy_(merged)
         except BaseException:
             self.remove()
             raise
         self.merged = wanted
-
-    def _merge(self, name: str, changes: Iterable[Change]) -> None:
-        weight = self.network.get_parameter(name)
-        original = weight.detach().to("cpu", copy=True)
-        merged = merged_weight(original, changes)
-        if not merged.isfinite().all():
-            raise CheckpointError(
-                f"With these LoRA adapters the weight '{name}' is not finite in "
-                f"{precision_name(weight.dtype)}: use a smaller lora_scale, or precision fp32."
-            )
-        self._originals[name] = original
-        weight.copy_(merged)
 
     @torch.no_grad()
     def remove(self) -> None:
@@ -300,19 +330,6 @@ def _metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (OSError, SafetensorError):
         return {}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while piece := file.read(2**20):
-                digest.update(piece)
-    except FileNotFoundError as error:
-        raise MissingFileError(f"There is no LoRA adapter '{path}'.") from error
-    except OSError as error:
-        raise CheckpointError(f"The LoRA adapter '{path}' cannot be read: {error}.") from error
-    return digest.hexdigest()
 
 
 def _unfit(path: Path, reason: str) -> CheckpointError:

@@ -32,8 +32,10 @@ from ..settings.configuration import (
     section_of,
     stages_in,
 )
+from ..settings.request import with_scales
 from ..settings.rules import choice
-from ..settings.stages import SETTINGS_OF_STAGE, VideoToVideoSettings
+from ..settings.stages import SETTINGS_OF_STAGE, StageSettings, VideoToVideoSettings
+from .adapters import file_sha256, find_adapter, merged_weight, read_changes, stage_of_adapter
 from .loading import PRECISIONS, check_weights, open_checkpoint
 from .parts import Part, stage_parts
 
@@ -77,6 +79,8 @@ def convert_folder(
     output: PathLike,
     precision: str = "fp16",
     progress: bool | None = None,
+    lora: PathLike | Sequence[PathLike] = (),
+    lora_scale: float | Sequence[float] = 1.0,
 ) -> Conversion:
     """Write a lean model folder: safetensors, in half precision, of only what the stages need.
 
@@ -89,6 +93,8 @@ def convert_folder(
         output: the new folder: one that is not there yet, or is empty.
         precision: ``fp16``, ``bf16`` or ``fp32``, of all floating weights.
         progress: whether to show a bar on stderr; by default only on a terminal.
+        lora: adapters to merge, each into the UNet of the stage that it is for.
+        lora_scale: their strength, of all or of each.
 
     Raises:
         InvalidInputError: for a precision that is not allowed, or folders that are not one of each stage.
@@ -102,9 +108,10 @@ def convert_folder(
     dtype = PRECISIONS[precision]
     with _new_folder(output, folders) as (target, temporary):
         needs = [need for stage, source in folder_of_stage.items() for need in _needs(stage, source)]
+        adapters = _adapters(needs, lora, lora_scale)
         files = _arrange(needs, dtype)
         _check_disk_space(target, temporary, files, dtype)
-        written = _write_weights(temporary, files, dtype, progress)
+        written = _write_weights(temporary, files, dtype, progress, adapters)
         (temporary / FILE_NAME).write_bytes(_configuration_file(folder_of_stage, files))
         found = [os.stat(path) for path in {need.part.path for need in needs}]
     before = {(each.st_dev, each.st_ino): each.st_size for each in found}  # links to one file count once
@@ -239,8 +246,32 @@ def _can_share(first: _Need, second: _Need, dtype: torch.dtype) -> bool:
         return all(torch.equal(a.read(key, dtype=dtype), b.read(key, dtype=dtype)) for key in ours & theirs)
 
 
+def _adapters(needs: Sequence[_Need], lora: Any, lora_scale: Any) -> dict[str, list[tuple[Path, float]]]:
+    """Return the adapters to merge and their scales, by the stage that each is for."""
+    declared = StageSettings.declared()
+    paths, scales = with_scales(
+        declared["lora"].rule.check("lora", lora, InvalidInputError),
+        declared["lora_scale"].rule.check("lora_scale", lora_scale, InvalidInputError),
+    )
+    unets = {need.stage: need.part.network for need in needs if need.part.setting == "ckpt_unet"}
+    adapters: dict[str, list[tuple[Path, float]]] = {}
+    for path, scale in zip(map(find_adapter, paths), scales):
+        adapters.setdefault(stage_of_adapter(path, unets), []).append((path, scale))
+    return adapters
+
+
+def _origin(adapters: Sequence[tuple[Path, float]]) -> dict[str, str]:
+    """Return what a weights file says of the adapters that are in it, if any."""
+    each = [{"name": path.name, "sha256": file_sha256(path), "scale": scale} for path, scale in adapters]
+    return {"lora": json.dumps(each)} if each else {}
+
+
 def _write_weights(
-    folder: Path, files: Mapping[str, Sequence[_Need]], dtype: torch.dtype, progress: bool | None
+    folder: Path,
+    files: Mapping[str, Sequence[_Need]],
+    dtype: torch.dtype,
+    progress: bool | None,
+    adapters: Mapping[str, Sequence[tuple[Path, float]]],
 ) -> list[WrittenFile]:
     total = sum(len(set().union(*(need.state for need in needs))) for needs in files.values())
     hidden = None if progress is None else not progress
@@ -255,7 +286,10 @@ def _write_weights(
                         if prefix + key not in weights:
                             weights[prefix + key] = checkpoint.read(key, dtype=dtype)
                             bar.update()
-            save_file(weights, folder / name, metadata={"format": "pt"})
+            merged = adapters.get(needs[0].stage, ()) if needs[0].part.setting == "ckpt_unet" else ()
+            for key, changes in read_changes(merged, needs[0].part.network, needs[0].stage).items():
+                weights[key] = merged_weight(key, weights[key], changes)
+            save_file(weights, folder / name, metadata={"format": "pt", **_origin(merged)})
             stages, size = tuple(need.stage for need in needs), (folder / name).stat().st_size
             written.append(WrittenFile(name, _NETWORKS[needs[0].part.setting], stages, size))
     return written

@@ -6,14 +6,14 @@ What is measured and how it is read is in ``docs/benchmarks.md``; the parts are 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import logging
 import platform
 import re
 import sys
 import tempfile
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import ContextManager, Sequence
 
@@ -27,6 +27,8 @@ from benchmarking import rows as measure  # noqa: E402
 from benchmarking.cases import SIZES, size_named, write_configuration  # noqa: E402
 from benchmarking.measuring import Row  # noqa: E402
 from benchmarking.stock import import_stock  # noqa: E402
+
+from modelscope_i2v import __version__  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -167,8 +169,8 @@ def padded(cells: list[list[str]]) -> str:
 
 def conditions(options: measure.Options, stages: Sequence[int]) -> str:
     """What the rows were measured on and with, as a Markdown list."""
-    packages = ("modelscope_i2v", "torch", "modelscope", "open_clip_torch")
-    versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
+    versions = [f"Python {platform.python_version()}", f"modelscope_i2v {__version__}"]
+    versions += [f"{name} {version(name)}" for name in ("torch", "modelscope", "open_clip_torch")]
     lines = [f"device: {_device_in_words(options.device)}", f"versions: {', '.join(versions)}"]
     for stage in stages:
         shape = " x ".join(map(str, options.size.latents[stage]))
@@ -183,25 +185,16 @@ def conditions(options: measure.Options, stages: Sequence[int]) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _device_in_words(device: torch.device) -> str:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
-    try:
+    text = ""
+    with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        text = ""
-    model = re.search(r"model name\s*:\s*(.+)", text)
+    names = re.findall(r"model name\s*:\s*(.+)", text) or [platform.processor() or platform.machine()]
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag} " in text]
-    name = model[1] if model else platform.processor() or platform.machine()
-    return ", ".join([name, f"threads: {torch.get_num_threads()}", *flags])
+    return ", ".join([names[0], f"threads: {torch.get_num_threads()}", *flags])
 
 
 if __name__ == "__main__":

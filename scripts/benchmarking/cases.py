@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ PUBLISHED_STEPS = {1: 50, 2: 30}
 
 _CONTEXT = 1024  # the stock UNets take no other: it is written out in their decoders
 #: The published autoencoder's file holds this many times the autoencoder: all of Stable Diffusion.
-_AUTOENCODER_FILE_RATIO = 15.6
+_RATIO = 15.6
 _FILLER = 2**26  # elements of one tensor of what else that file holds
 _FLOAT = 4  # bytes
 
@@ -89,53 +90,43 @@ def write_configuration(folder: Path, size: Size) -> None:
     (folder / "configuration.json").write_text(json.dumps(configuration, indent=2), encoding="utf-8")
 
 
-def read_settings(folder: Path, stage: int) -> StageSettings:
-    """A stage's settings in a folder that was written here."""
-    return load_settings(folder, TASKS[stage])
-
-
-def networks(settings: StageSettings) -> dict[str, nn.Module]:
-    """A stage's networks without values, CLIP with both towers, by file name."""
+def prepare(folder: Path, stage: int, device: torch.device) -> str:
+    """Write what is missing of a stage's weights, or say why the stage cannot be measured here."""
+    settings = load_settings(folder, TASKS[stage])
     with torch.device("meta"):
-        unet, autoencoder = UNet(settings.unet), Autoencoder(settings.autoencoder)
-    clip = build_clip(settings.clip)
-    return {settings.ckpt_unet: unet, settings.ckpt_autoencoder: autoencoder, settings.ckpt_clip: clip}
+        networks: dict[str, nn.Module] = {
+            settings.ckpt_unet: UNet(settings.unet),
+            settings.ckpt_autoencoder: Autoencoder(settings.autoencoder),
+        }
+    networks[settings.ckpt_clip] = build_clip(settings.clip)
+    sizes = {name: _FLOAT * _parameters(each) for name, each in networks.items()}
+    missing = [name for name in networks if not (folder / name).exists()]
+    needed = sum(sizes[name] * (_RATIO if name == settings.ckpt_autoencoder else 1) for name in missing)
+    free = shutil.disk_usage(folder).free
+    if needed >= free:
+        return f"its files need {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free in {folder}"
+    # Both sides' weights, and the largest file read beside them: about three times the UNet.
+    needed, free = 3.3 * max(sizes.values()), _free_memory()
+    if device.type == "cpu" and needed >= free:
+        return f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
+    for name in missing:
+        partial = folder / f"{name}.partial"
+        torch.save(_contents(name, networks[name], settings), partial)
+        os.replace(partial, folder / name)
+    return ""
 
 
-def parameters(network: nn.Module) -> int:
+def _parameters(network: nn.Module) -> int:
     return sum(value.numel() for value in network.state_dict().values())
 
 
-def prepare(folder: Path, stage: int, device: torch.device) -> str:
-    """Write what is missing of a stage's weights, or say why the stage cannot be measured here."""
-    settings = read_settings(folder, stage)
-    missing = {name: each for name, each in networks(settings).items() if not (folder / name).exists()}
-    ratios = {settings.ckpt_autoencoder: _AUTOENCODER_FILE_RATIO}
-    needed = sum(_FLOAT * parameters(each) * ratios.get(name, 1.0) for name, each in missing.items())
-    free = shutil.disk_usage(folder).free
-    if missing and needed >= free:
-        return f"its files need {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free in {folder}"
-    reason = _lacks_memory(settings) if device.type == "cpu" else ""
-    if not reason:
-        for name, network in missing.items():
-            partial = folder / f"{name}.partial"
-            torch.save(_contents(name, network, settings), partial)
-            os.replace(partial, folder / name)
-    return reason
-
-
-def _lacks_memory(settings: StageSettings) -> str:
-    """Why both sides do not fit into this machine's memory, or nothing; nothing where it cannot be told."""
+def _free_memory() -> float:
+    """Bytes, or infinity where the system does not say."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
-        free = int(text.partition("MemAvailable:")[2].split()[0]) * 1024
+        return int(text.partition("MemAvailable:")[2].split()[0]) * 1024
     except (OSError, IndexError):
-        return ""
-    # Both sides' weights, and the largest file read beside them: about three times the UNet.
-    needed = 3.3 * _FLOAT * max(map(parameters, networks(settings).values()))
-    return (
-        "" if needed < free else f"needs about {needed / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
-    )
+        return math.inf
 
 
 def _contents(name: str, network: nn.Module, settings: StageSettings) -> dict[str, Any]:
@@ -145,7 +136,7 @@ def _contents(name: str, network: nn.Module, settings: StageSettings) -> dict[st
     """
     state: dict[str, Any] = random_state_dict(network)
     if name == settings.ckpt_autoencoder:
-        rest = int((_AUTOENCODER_FILE_RATIO - 1) * parameters(network))
+        rest = int((_RATIO - 1) * _parameters(network))
         state = {f"first_stage_model.{key}": value for key, value in state.items()}
         for number, start in enumerate(range(0, rest, _FILLER)):
             state[f"model.diffusion_model.{number}.weight"] = torch.zeros(min(_FILLER, rest - start))
@@ -174,7 +165,7 @@ class Case:
 
 def draw_case(folder: Path, stage: int) -> Case:
     """The inputs of a stage of a folder."""
-    settings = read_settings(folder, stage)
+    settings = load_settings(folder, TASKS[stage])
     seeded = torch.Generator().manual_seed(0)
     frames, height, width = settings.max_frames, settings.latent_hei, settings.latent_wid
     shape = (1, 4, frames, height, width)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Sequence, Union
+from typing import Any, Callable, NamedTuple, Sequence, Union
 
 import torch
 from torch.utils.benchmark import timer  # a clock that waits for the GPU first
@@ -15,8 +14,7 @@ from torch.utils.benchmark import timer  # a clock that waits for the GPU first
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Samples:
+class Samples(NamedTuple):
     """The measurements of one side of a row; ``unit`` is s or MiB."""
 
     values: tuple[float, ...]
@@ -27,25 +25,24 @@ class Samples:
         return statistics.median(self.values)
 
     def __str__(self) -> str:
+        def digits(value: float) -> str:  # about three, without an exponent
+            return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.3f}"
+
         low, high = min(self.values), max(self.values)
-        return f"{_digits(self.median)} ({_digits(low)}-{_digits(high)}) {self.unit}"
+        return f"{digits(self.median)} ({digits(low)}-{digits(high)}) {self.unit}"
 
 
-@dataclass(frozen=True)
-class Missing:
-    """There is no number, and why."""
-
-    reason: str
+class Missing(str):
+    """Why there is no number."""
 
     def __str__(self) -> str:
-        return f"- ({self.reason})"
+        return f"- ({self[:]})"
 
 
 Cell = Union[Samples, Missing]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Two sides of one measurement.
 
     ``difference`` is ||second - first|| / ||first|| of their outputs; ``psnr`` is in dB, of their videos.
@@ -65,13 +62,6 @@ class Row:
         return self.first.median / self.second.median
 
 
-def _digits(value: float) -> str:
-    """About three significant digits, without an exponent."""
-    if value >= 100:
-        return f"{value:.0f}"
-    return f"{value:.3g}" if value >= 1 else f"{value:.3f}"
-
-
 def seconds(run: Callable[[], object]) -> float:
     """Seconds of one call. (torch's ``Timer`` would call it twice more each time, to warm up.)"""
     start = timer()
@@ -89,31 +79,18 @@ class Enough(Exception):
     """Ends a generation whose rest is not measured."""
 
 
-class ProcessFailed(RuntimeError):
-    """A fresh process gave no result; the message says why."""
-
-
 def in_fresh_process(function: Callable, *arguments: Any) -> Any:
-    """Return what a module's function returns in a new Python with this one's number of threads.
-
-    Raises:
-        ProcessFailed: it ended with an error.
-    """
-    threads = (torch.get_num_threads(),)
+    """Return what a module's function returns in a new Python of as many threads; Missing if it fails."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, torch.set_num_threads, threads) as pool:
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, (torch.get_num_threads(),)) as pool:
         try:
             return pool.submit(function, *arguments).result()
         except Exception as error:
-            raise ProcessFailed((str(error) or type(error).__name__).splitlines()[0]) from error
+            return Missing((str(error) or type(error).__name__).splitlines()[0])
 
 
 def forget_peak() -> int:
-    """Begin the peak anew; return the bytes that are resident now.
-
-    Raises:
-        OSError: where the system is not Linux.
-    """
+    """Begin the peak anew; return the bytes that are resident now. Raises OSError where this is no Linux."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     return peak_bytes()
 

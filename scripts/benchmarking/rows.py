@@ -21,7 +21,6 @@ from .measuring import (
     MIB,
     Cell,
     Missing,
-    ProcessFailed,
     Row,
     Samples,
     forget_peak,
@@ -29,7 +28,7 @@ from .measuring import (
     in_turn,
     peak_bytes,
     seconds,
-)
+)  # fmt: skip
 from .sides import Ours, Side, pictures, window_count
 from .stock import Stock, import_stock
 
@@ -44,7 +43,6 @@ _CHECKED_STEPS = 2  # they pass both branches of guidance through the whole UNet
 #: The timesteps at which there is guidance, by stage: a generation goes from 999, or 599, down to about 0.
 _GUIDANCE_INTERVALS = {1: ((0, 800), (200, 800)), 2: ((0, 450), (150, 450))}
 _LENGTH_STEPS = 3  # the first is left out
-_NEEDS_CUDA = Missing("needs a CUDA device")
 
 
 class DisagreementError(RuntimeError):
@@ -73,6 +71,8 @@ class Options:
 
     def measured(self, stage: int, names: Iterable[str], measure: Callable[[], list[Row]]) -> list[Row]:
         """The rows that ``measure`` gives, or where this machine cannot, the reason beside each name."""
+        if not names:
+            return []
         try:
             reason = prepare(self.folder, stage, self.device)
             if not reason:
@@ -81,15 +81,17 @@ class Options:
             reason = str(error).partition(". ")[0]
         finally:
             gc.collect()
-        return [Row(name, Missing(reason), Missing(reason)) for name in names]
+        return _without(names, reason)
 
     def in_process(self, function: Callable, *arguments: Any) -> Any:
         """What a function of this module returns in a fresh process, or why it returns nothing."""
-        options = str(self.device), self.precision, self.compile
-        try:
-            return in_fresh_process(function, self.folder, *options, *arguments)
-        except ProcessFailed as error:
-            return Missing(str(error))
+        return in_fresh_process(
+            function, self.folder, str(self.device), self.precision, self.compile, *arguments
+        )
+
+
+def _without(names: Iterable[str], reason: str) -> list[Row]:
+    return [Row(name, Missing(reason), Missing(reason)) for name in names]
 
 
 # The stock beside ours
@@ -106,17 +108,21 @@ def stock_rows(stage: int, options: Options) -> list[Row]:
     titles["stage"] = f"whole, {steps} steps"
     kinds = [kind for kind in titles if kind in options.kinds and (kind, stage) != ("encode", 1)]
     names = {kind: f"stage {stage}: {titles[kind]}" for kind in kinds}
+    in_this_process = [*([f"stage {stage}: compiling"] if options.compile else []), *names.values()]
     rows = []
     if kinds or options.profile:
-        compiling = [f"stage {stage}: compiling"] if options.compile else []
-        everything = [*compiling, *names.values()]
-        rows += options.measured(stage, everything, lambda: _compute_rows(stage, names, steps, options))
-    from_processes = _titles_of_processes(options)
-    if from_processes:
-        everything = [f"stage {stage}: {title}" for title in from_processes]
-        rows += options.measured(stage, everything, lambda: _process_rows(stage, options))
+        rows = options.measured(stage, in_this_process, lambda: _compute_rows(stage, names, steps, options))
+    in_others: dict[str, tuple[str, str]] = {}  # the key in what ``load`` returns, and the unit
+    if "loading" in options.kinds:
+        in_others[f"stage {stage}: loading, seconds"] = ("seconds", "s")
+        in_others[f"stage {stage}: loading, peak host memory"] = ("host", "MiB")
+        in_others[f"stage {stage}: loading, weights in use"] = ("weights", "MiB")
+    peak = f"stage {stage}: peak device memory"
+    if "memory" in options.kinds and options.device.type == "cuda":
+        in_others[peak] = ("device", "MiB")
+    rows += options.measured(stage, in_others, lambda: _process_rows(stage, in_others, options))
     if "memory" in options.kinds and options.device.type != "cuda":
-        rows.append(Row(f"stage {stage}: peak device memory", _NEEDS_CUDA, _NEEDS_CUDA))
+        rows += _without([peak], "needs a CUDA device")
     return rows
 
 
@@ -126,17 +132,17 @@ def _compute_rows(stage: int, names: dict[str, str], steps: int, options: Option
         first, second = (seconds(lambda: ours.generate(_CHECKED_STEPS)) for _ in range(2))
         took = Samples((max(first - second, 0.0),))
         rows.append(Row(f"stage {stage}: compiling", Missing("is not compiled"), took))
-    stock: Stock | None = None
+    sides: list[Side] = [ours]
+    differences: dict[str, float] = {}
     try:
-        stock = Stock(options.folder, ours.case, options.device)
+        sides.insert(0, Stock(options.folder, ours.case, options.device))
+        differences = compare(*sides, names)
     except (ImportError, AttributeError) as error:
         why_not = Missing(f"the installed modelscope's cannot be used: {error}")
-    sides: list[Side] = [stock, ours] if stock else [ours]
-    differences = compare(stock, ours, names) if stock else {}
     for kind, name in names.items():
         options.report(f"{name}: measuring")
         runs = [_run(kind, side, steps) for side in sides]
-        if kind != "stage" or not stock:  # the comparison has warmed up whole stages
+        if kind not in differences or kind != "stage":  # the comparison has warmed up whole stages
             in_turn(runs, 1)
         *others, took = in_turn(runs, options.repeats)
         rows.append(Row(name, others[0] if others else why_not, took, differences.get(kind)))
@@ -188,19 +194,7 @@ def _profile(side: Side) -> str:
     return profiler.key_averages().table(sort_by=order, row_limit=20)
 
 
-def _titles_of_processes(options: Options) -> dict[str, tuple[str, str]]:
-    """The rows of fresh processes: by title, the key in what ``load`` returns, and the unit."""
-    titles = {}
-    if "loading" in options.kinds:
-        titles["loading, seconds"] = ("seconds", "s")
-        titles["loading, peak host memory"] = ("host", "MiB")
-        titles["loading, weights in use"] = ("weights", "MiB")
-    if "memory" in options.kinds and options.device.type == "cuda":
-        titles["peak device memory"] = ("device", "MiB")
-    return titles
-
-
-def _process_rows(stage: int, options: Options) -> list[Row]:
+def _process_rows(stage: int, keys: dict[str, tuple[str, str]], options: Options) -> list[Row]:
     found: dict[str, list[Any]] = {"stock": [], "ours": []}
     for repeat in range(options.repeats):
         for side, results in found.items():
@@ -211,10 +205,7 @@ def _process_rows(stage: int, options: Options) -> list[Row]:
         failed = next((each for each in found[side] if isinstance(each, Missing)), None)
         return failed or Samples(tuple(each[key] for each in found[side]), unit)
 
-    titles = _titles_of_processes(options)
-    return [
-        Row(f"stage {stage}: {title}", *(cell(side, *key) for side in found)) for title, key in titles.items()
-    ]
+    return [Row(name, *(cell(side, *key) for side in found)) for name, key in keys.items()]
 
 
 def load(
@@ -252,8 +243,7 @@ def precision_rows(stage: int, options: Options) -> list[Row]:
     def measure() -> list[Row]:
         half = options.ours(stage)
         if half.precision == "fp32":
-            reason = Missing(f"--precision {options.precision} is fp32 here: ask for fp16 or bf16")
-            return [Row(name, reason, reason)]
+            return _without([name], f"--precision {options.precision} is fp32 here: ask for fp16 or bf16")
         reference = options.ours(stage, "fp32")
         return beside(lambda: reference.generate(steps), {name: lambda: half.generate(steps)}, options)
 
@@ -270,14 +260,13 @@ def approximate_rows(stage: int, options: Options) -> list[Row]:
     modes += [{"guidance_interval": each} for each in _GUIDANCE_INTERVALS[stage]]
     modes += [{"reuse_interval": each} for each in (2, 3)]
     named = {
-        f"stage {stage}: " + ", ".join(f"{key}={it}" for key, it in each.items()): each for each in modes
+        f"stage {stage}: " + ", ".join(f"{key}={it}" for key, it in mode.items()): {"steps": steps, **mode}
+        for mode in modes
     }
 
     def measure() -> list[Row]:
         ours = options.ours(stage)
-        runs = {
-            name: lambda mode=mode: ours.generate(**{"steps": steps, **mode}) for name, mode in named.items()
-        }
+        runs = {name: lambda mode=mode: ours.generate(**mode) for name, mode in named.items()}
         return beside(lambda: ours.generate(steps), runs, options)
 
     return options.measured(stage, named, measure)
@@ -296,10 +285,11 @@ def beside(
     everything = {"exact": reference, **runs}
     timers = [lambda name=name, run=run: timed(name, run) for name, run in everything.items()]
     expected, *samples = in_turn(timers, options.repeats)
-    distances = [
-        [measure(videos[name], videos["exact"]) for measure in (relative_difference, psnr)] for name in runs
+    exact = videos.pop("exact")
+    return [
+        Row(name, expected, took, relative_difference(videos[name], exact), psnr(videos[name], exact))
+        for name, took in zip(runs, samples)
     ]
-    return [Row(name, expected, *each) for name, *each in zip(runs, samples, *zip(*distances))]
 
 
 def relative_difference(ours: Tensor, reference: Tensor) -> float:
@@ -317,14 +307,16 @@ def psnr(video: Tensor, reference: Tensor) -> float:
 
 def both_stages_row(options: Options) -> Row:
     """The device's peak with both stages in one process, at full speed and with ``low_memory``."""
-    name = "both stages: peak device memory"
-    if options.device.type != "cuda":
-        return Row(name, _NEEDS_CUDA, _NEEDS_CUDA)
-    reason = prepare(options.folder, 1, options.device) or prepare(options.folder, 2, options.device)
+    name, reason = "both stages: peak device memory", "needs a CUDA device"
+    if options.device.type == "cuda":
+        reason = prepare(options.folder, 1, options.device) or prepare(options.folder, 2, options.device)
     if reason:
         return Row(name, Missing(reason), Missing(reason))
-    peaks = [options.in_process(generate_both, low_memory) for low_memory in (False, True)]
-    return Row(name, *(each if isinstance(each, Missing) else Samples((each,), "MiB") for each in peaks))
+    return Row(name, *(_mib(options.in_process(generate_both, low)) for low in (False, True)))
+
+
+def _mib(found: float | Missing) -> Cell:
+    return found if isinstance(found, Missing) else Samples((found,), "MiB")
 
 
 def generate_both(folder: Path, device: str, precision: str, compile: bool, low_memory: bool) -> float:
@@ -347,8 +339,7 @@ def length_rows(stage: int, options: Options) -> list[list[str]]:
         peaks = []  # before anything is loaded here: both at once need not fit
         for name, frames in lengths.items():
             options.report(f"{name}: in a new process")
-            mib = options.in_process(denoising_peak, stage, frames)
-            peaks.append(mib if isinstance(mib, Missing) else Samples((mib,), "MiB"))
+            peaks.append(_mib(options.in_process(denoising_peak, stage, frames)))
         ours = options.ours(stage)
 
         def step(frames: int) -> float:

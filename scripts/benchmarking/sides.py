@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Iterator
+from typing import Any, Callable, ContextManager
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -107,7 +108,9 @@ class Ours(Side):
             self.model.negative_y = case.negative_y.to(self.device)
             inputs = {"noise": case.noise, "video_data": case.frames, "y": case.y.to(self.device)}
             inputs["posterior_noise"] = case.posterior_noise
-        with _changed(self.model.cfg, {"steps": steps, **settings}):
+        with ExitStack() as restored:
+            for name, value in {"steps": steps, **settings}.items():
+                restored.enter_context(patch.object(self.model.cfg, name, value))
             return self.model(inputs)
 
     def marks(self, mark: Callable[[], Any] = timer, count: int = 2, frames: int | None = None) -> list[Any]:
@@ -153,16 +156,3 @@ def _film(frames: int) -> bytes:
     file = io.BytesIO()
     first.save(file, "GIF", save_all=True, append_images=rest, duration=125)
     return file.getvalue()
-
-
-@contextmanager
-def _changed(cfg: Any, settings: dict[str, Any]) -> Iterator[None]:
-    """A model's settings with other values for a while."""
-    before = {name: getattr(cfg, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            setattr(cfg, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(cfg, name, value)

@@ -110,7 +110,7 @@ def test_every_keyword_of_a_call_has_a_flag(capsys):
     first, second = (call_settings(stage) for stage in ("image-to-video", "video-to-video"))
     flags = {name: f"--{each.flag}" for name, each in {**first, **second}.items()}
     flags = {name: flag for name, flag in flags.items() if name not in ("callback", "generator")}
-    assert shown["generate"] >= set(flags.values()) and len(flags) == 21
+    assert shown["generate"] >= set(flags.values()) and len(flags) == 30
     assert shown["preview"] >= {flag for name, flag in flags.items() if name in first and name != "seed"}
     own = {name: flag for name, flag in flags.items() if {name} <= first.keys() & second.keys()}
     refine = {flag.replace("--", "--refine-") for name, flag in own.items() if not second[name].both}

@@ -32,6 +32,7 @@ def test_keywords_of_each_stage():
     assert one - two == {"noise_strength", "solver"}
     assert two - one == {
         "guide_rescale", "total_noise_levels", "solver_mode", "positive_prompt", "negative_prompt", "text",
+        "scale", "scene_cuts", "tile_size", "tile_overlap", "colour", "keep_audio", "codec", "crf", "pix_fmt",
     }  # fmt: skip
 
 
@@ -73,8 +74,17 @@ WRONG = {
     "negative_prompt": (["ugly"], "a text"),
     "max_frames": (0, "a whole number from 1 to 100000"),
     "resolution": ([448], "[width, height], each a whole number from 8 to 8192"),
-    "target_fps": (7.5, "a whole number from 1 to 240"),
-    "fps": (1000, "a whole number from 1 to 240"),
+    "target_fps": (7.5, "a whole number from 1 to 240 or source"),
+    "fps": (1000, "a whole number from 1 to 240 or source"),
+    "scale": (0, "a number from 0.1 to 16"),
+    "scene_cuts": (1, "true or false"),
+    "keep_audio": ("yes", "true or false"),
+    "tile_size": (8, "a whole number from 64 to 8192"),
+    "tile_overlap": (-1, "a whole number from 0 to 4096"),
+    "colour": ("red", "one of model, source"),
+    "codec": ("libx264", "one of h264, hevc, vp9, prores"),
+    "crf": (64, "a whole number from 0 to 63"),
+    "pix_fmt": ("", "a text that is not empty"),
     "text": (3, "a text"),
     "chunk_size": (0, "a whole number from 1 to 100000"),
     "overlap_size": (-1, "a whole number from 0 to 100000"),

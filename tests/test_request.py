@@ -77,6 +77,29 @@ def test_the_mode_names_every_approximation(stage, keywords, mode):
     assert Request.resolve(SETTINGS[stage](), check_keywords(stage, keywords)).mode == mode
 
 
+def test_a_scale_is_of_the_source_and_makes_even_sides():
+    request = requested(SETTINGS[TWO](), scale=2)
+    assert request.scaled((320, 181)).size == (640, 362)
+    assert request.scaled((320, 181)) == dataclasses.replace(request, size=(640, 362), scale=None)
+    assert requested(SETTINGS[TWO](scale=2.0), resolution=[64, 80]).scaled((9, 9)).size == (64, 80)
+    with pytest.raises(InvalidInputError, match="scale and resolution both say"):
+        requested(SETTINGS[TWO](), scale=2, resolution=[64, 80])
+
+
+def test_a_tile_must_be_larger_than_its_overlap():
+    with pytest.raises(InvalidInputError, match="tile_overlap: got 128, allowed is less than the 128 pixels"):
+        requested(SETTINGS[TWO](), tile_size=128, tile_overlap=128)
+
+
+def test_what_is_quiet_is_named_only_where_it_was_asked_for():
+    base = requested(SETTINGS[TWO](seed=3))
+    asked = {"keep_audio": True, "tile_size": 256, "colour": "source"}
+    request = requested(SETTINGS[TWO](seed=3), **asked)
+    assert request.keywords().keys() - base.keywords().keys() == asked.keys()
+    assert requested(SETTINGS[TWO](seed=3), codec="h264", scene_cuts=False).keywords() == base.keywords()
+    assert Request.from_json(request.to_json()) == request
+
+
 #: By keyword: the stage, what the file says, what the call says, and the request's field.
 PRECEDENCE = [
     (ONE, "seed", 1, 0, "seed"),

@@ -33,12 +33,18 @@ def interval_argument(text: str) -> list[int]:
     return [int(end) for end in match.groups()]
 
 
+def integer_or_name(text: str) -> int | str:
+    """Return the number of a text, or the text."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
+
+
 #: What argparse needs to know of a flag, by the kind of its rule. Bounds and choices are checked later, with
 #: the words that every other way in has.
 _KINDS: dict[str, dict[str, Any]] = {
     "integer": {"type": int, "metavar": "N"},
     "number": {"type": float, "metavar": "X"},
     "text": {"metavar": "TEXT"},
+    "name": {"metavar": "NAME"},
     "choice": {},
     "boolean": {"action": argparse.BooleanOptionalAction},
     "size": {"type": size_argument, "metavar": "WxH"},
@@ -67,6 +73,8 @@ def add_flags(parser: Any, settings: Iterable[Setting], prefix: str = "") -> Non
         options = dict(_KINDS[each.rule.kind])
         if each.rule.kind == "choice":
             options["metavar"] = f"{{{','.join(each.rule.choices)}}}"
+        elif each.rule.kind == "integer" and each.rule.choices:
+            options.update(type=integer_or_name, metavar=f"N|{'|'.join(each.rule.choices)}")
         parser.add_argument(
             f"--{prefix.replace('_', '-')}{each.flag}",
             dest=_destination(each, prefix),

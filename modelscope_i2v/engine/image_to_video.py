@@ -94,7 +94,7 @@ class ImageToVideo(Stage):
         # 4. Denoising, guided.
         with self._denoising(progress, request, frames) as device:
             noise = noise.to(device)
-            fps = torch.full((batch,), request.fps, device=device)
+            fps = torch.full((batch,), int(request.fps), device=device)
             denoise = self._denoiser(y, torch.zeros_like(y), noise, levels[0], request, progress, fps=fps)
             with progress.steps(self.name, len(levels) - 1) as after_step:
                 return sample(denoise, noise, levels, after_step)

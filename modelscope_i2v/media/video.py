@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from .video_reading import Video, VideoReader, open_video, read_metadata, read_video
-from .video_writing import DEFAULT_FPS, EXTENSIONS, check_writable, video_bytes, write_video
+from .video_reading import Timing, Video, VideoReader, open_video, read_metadata, read_video
+from .video_writing import DEFAULT_FPS, EXTENSIONS, Encoding, check_writable, video_bytes, write_video
 
 __all__ = [
     "DEFAULT_FPS",
     "EXTENSIONS",
+    "Encoding",
+    "Timing",
     "Video",
     "VideoReader",
     "check_writable",

@@ -43,6 +43,37 @@ _BRANDS = ("major_brand", "minor_version", "compatible_brands")  # MP4's own, no
 # Frames' and swscale's numbers for BT.709, FCC, SMPTE 240M and BT.2020 are the same (PyAV 14 has no name for
 # the last); all else is taken as BT.601, as ffmpeg does.
 _SHARED_COLORSPACES = (1, 4, 7, 9)
+_HDR_TRANSFERS = {16: "PQ", 18: "HLG"}  # ffmpeg's AVCOL_TRC_SMPTE2084 and _ARIB_STD_B67
+
+
+@dataclass(frozen=True)
+class Timing:
+    """When a video's frames are shown: frame i at ``stamps[i] * unit`` seconds.
+
+    Without stamps the rate is constant: i * unit.
+    """
+
+    unit: Fraction
+    stamps: tuple[int, ...] | None = None
+
+    def ticks(self, index: int) -> int:
+        """Return when a frame is shown, in units; before the first and after the last, at their rate."""
+        if self.stamps is None:
+            return index
+        last = len(self.stamps) - 1
+        step = max((self.stamps[last] - self.stamps[0]) // max(last, 1), 1)
+        inside = min(max(index, 0), last)
+        return self.stamps[inside] + (index - inside) * step
+
+    def seconds(self, index: int) -> Fraction:
+        return self.ticks(index) * self.unit
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames per second; their average, where it varies."""
+        if self.stamps is None or len(self.stamps) < 2:
+            return 1 / self.unit
+        return (len(self.stamps) - 1) / (self.seconds(len(self.stamps) - 1) - self.seconds(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +92,9 @@ class VideoReader:
         size: (width, height) of the frames in pixels, as shown.
         fps: frames per second, by the file's header; once all are read, by their times where these differ.
         metadata: the file's.
+        start: when the first frame is shown, in seconds of the file's time.
+        has_alpha: whether the frames are transparent somewhere, perhaps; what comes is without it.
+        transfer: how the file's numbers become light, if not as in ordinary video: ``PQ`` or ``HLG``.
     """
 
     def __init__(self, container: Any, source: Any, max_frames: int | None):
@@ -69,6 +103,9 @@ class VideoReader:
         self._stream = _video_stream(container, self._name)
         self.metadata = _metadata(container)
         self.fps = _frame_rate(self._stream, 0.0) or ASSUMED_FPS
+        self.has_alpha, self.transfer = False, ""
+        self._times: list[int] = []
+        self._time_base, self._all_timed = Fraction(self._stream.time_base or 1), True
         self._frames = self._read()
         first = next(self._frames, None)
         if first is None:
@@ -82,6 +119,28 @@ class VideoReader:
             yield first
         yield from self._frames
 
+    @property
+    def start(self) -> Fraction:
+        return self._times[0] * self._time_base if self._times else Fraction(0)
+
+    def timing(self) -> Timing:
+        """Return when the frames read so far are shown, the first at 0.
+
+        The rate is constant, and exact, where the frames' times are that rate's as the file can tell them.
+        """
+        count, base = len(self._times), self._time_base
+        stated = [rate for rate in (self._stream.average_rate, self._stream.guessed_rate) if _plausible(rate)]
+        stamps = tuple(time - self._times[0] for time in self._times)
+        known = self._all_timed and all(b > a for a, b in zip(stamps, stamps[1:]))
+        if not known or count < 2:
+            return Timing(1 / Fraction(*(stated or [self.fps])[0].as_integer_ratio()).limit_denominator(1001))
+        measured = ((count - 1) / (stamps[-1] * base)).limit_denominator(1001)
+        error = max(base, Fraction(1, 1000))  # of times, in files that tell them in milliseconds
+        for rate in [*stated, measured] if measured else stated:
+            if all(abs(stamp * base - index / rate) <= error for index, stamp in enumerate(stamps)):
+                return Timing(1 / Fraction(rate))
+        return Timing(base, stamps)
+
     def _read(self) -> Iterator[np.ndarray]:
         with input_errors("video", self._source):
             yield from self._checked_frames()
@@ -89,9 +148,7 @@ class VideoReader:
     def _checked_frames(self) -> Iterator[np.ndarray]:
         stream, name, reformatter = self._stream, self._name, VideoReformatter()
         size, orientation = None, (False, False, False)
-        count, resized = 0, False
-        times: list[Fraction] = []  # the first's and the last's, in seconds, of those that have one
-        timed = 0
+        count, resized, times = 0, False, self._times
         for frame in _decode(self._container, stream, name):
             if count == self._max_frames:
                 logger.info("the video %s has more frames; the first %d were read", name, count)
@@ -99,23 +156,25 @@ class VideoReader:
             if size is None:
                 size, orientation = (frame.width, frame.height), _orientation(frame)
                 _check_side(*size, name)
+                self.has_alpha = any(part.is_alpha for part in frame.format.components)
+                self.transfer = _HDR_TRANSFERS.get(int(getattr(frame, "color_trc", 0) or 0), "")
             elif size != (frame.width, frame.height) and not resized:
                 resized = True
                 logger.warning(
                     "the video %s changes its size to %dx%d at frame %d; all are resized to %dx%d",
                     name, frame.width, frame.height, count, *size,
                 )  # fmt: skip
-            time_base = frame.time_base or stream.time_base  # the last frames out of a decoder lack theirs
-            if frame.pts is not None and time_base:
-                timed += 1
-                times[1:] = [frame.pts * time_base]
+            if frame.pts is not None and stream.time_base:
+                times.append(frame.pts)  # the last frames out of a decoder lack their time base
+            else:
+                self._all_timed = False
             count += 1
             yield _orient(_to_rgb(frame, reformatter, size), orientation)
         else:
             if 0 < count < stream.frames:
                 logger.warning("the video %s announces %d frames; %d decoded", name, stream.frames, count)
-        span = times[-1] - times[0] if times else 0
-        rate = _frame_rate(stream, float((timed - 1) / span) if span > 0 else 0.0)
+        span = (times[-1] - times[0]) * self._time_base if times else 0
+        rate = _frame_rate(stream, float((len(times) - 1) / span) if span > 0 else 0.0)
         if rate is None and count:
             logger.info("the video %s does not tell its frame rate; taken as %g", name, ASSUMED_FPS)
         self.fps = rate or ASSUMED_FPS
@@ -137,7 +196,7 @@ def open_video(source: Any, max_frames: int | None = None) -> Iterator[VideoRead
         raise InvalidInputError(
             f"max_frames is {describe(max_frames)}: allowed are whole numbers from 1, and None"
         )
-    with _open_container(source) as container:
+    with open_container(source) as container:
         with input_errors("video", source):
             reader = VideoReader(container, source, max_frames)
         yield reader
@@ -163,7 +222,7 @@ def read_video(source: Any, max_frames: int | None = None) -> Video:
 
 def read_metadata(source: Any) -> dict[str, str]:
     """The metadata of a video file, such as `write_video` stores. Sources and errors as for `read_video`."""
-    with _open_container(source) as container, input_errors("video", source):
+    with open_container(source) as container, input_errors("video", source):
         return _metadata(container)
 
 
@@ -179,7 +238,7 @@ def _refuse_nested(url: str, flags: int, options: dict[str, str]) -> Any:
 
 
 @contextmanager
-def _open_container(source: Any) -> Iterator[Any]:
+def open_container(source: Any) -> Iterator[Any]:
     with open_source(source, "video", MAX_BYTES) as file:
         head = file.read(512)
         file.seek(0)

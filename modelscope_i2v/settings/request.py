@@ -16,9 +16,6 @@ from .stages import SETTINGS_OF_STAGE, Setting, StageSettings, call_settings
 #: By solver, of stage two or of stage one.
 _REFERENCE_STEPS = {"fast": 30, "normal": 50, "ddim": 50, "dpmpp": 25}
 
-#: Of a request: its adapters, of which a record says nothing where there are none.
-_ADAPTERS = ("lora", "lora_scale")
-
 
 def computed_settings(stage: str) -> dict[str, Setting]:
     """Return the declarations of what a stage's request holds, by the request's field."""
@@ -31,7 +28,7 @@ class Request:
 
     ``size`` is (width, height) in pixels; ``window`` and ``overlap`` are in frames. The fields are those that
     the settings' declarations name, in the order in which they are recorded; what a stage has not is left at
-    its default.
+    its default. ``size`` is not yet the video's where there is a ``scale``: see ``scaled``.
     """
 
     stage: str
@@ -39,7 +36,7 @@ class Request:
     steps: int
     guide_scale: float
     size: tuple[int, int]
-    fps: int
+    fps: int | str
     frames: int
     window: int
     overlap: int
@@ -55,11 +52,25 @@ class Request:
     guide_rescale: float = 0.0
     lora: tuple[str, ...] = ()
     lora_scale: tuple[float, ...] = ()
+    scale: float | None = None
+    scene_cuts: bool = False
+    tile_size: int | None = None
+    tile_overlap: int | None = None
+    colour: str = "model"
+    keep_audio: bool = False
+    codec: str = "h264"
+    crf: int | None = None
+    pix_fmt: str | None = None
 
     def __post_init__(self) -> None:
         if self.overlap >= self.window:
             raise InvalidInputError(
                 f"overlap_size: got {self.overlap}, allowed is less than the {self.window} frames of a chunk"
+            )
+        if self.tile_size is not None and (self.tile_overlap or 0) >= self.tile_size:
+            raise InvalidInputError(
+                f"tile_overlap: got {self.tile_overlap}, allowed is less than the {self.tile_size} pixels of "
+                "a tile"
             )
 
     @classmethod
@@ -70,6 +81,8 @@ class Request:
             InvalidInputError: if its windows cannot be laid out.
         """
         keywords = keywords or {}
+        if {"scale", "resolution"} <= keywords.keys():
+            raise InvalidInputError("scale and resolution both say how large the video is: give one of them")
         values = {
             field: keywords.get(each.name, getattr(settings, each.name, None))
             for field, each in computed_settings(settings.stage).items()
@@ -77,6 +90,8 @@ class Request:
         values["seed"] = _seed(values["seed"], keywords)
         values["steps"] = values["steps"] or _REFERENCE_STEPS[values.get("solver_mode") or values["solver"]]
         values["size"] = values["size"] or settings.frame_size
+        if "resolution" in keywords:
+            values["scale"] = None
         values["window"] = values["window"] or values["frames"]
         if values["overlap"] is None:
             values["overlap"] = values["window"] // 4
@@ -84,12 +99,30 @@ class Request:
         return cls(settings.stage, **{field: each for field, each in values.items() if each is not None})
 
     def keywords(self) -> dict[str, Any]:
-        """Return the call keywords that make this very request, whatever the settings."""
+        """Return the call keywords that make this very request, whatever the settings.
+
+        What is declared as quiet is among them where it is not the reference value.
+        """
         declared = computed_settings(self.stage)
-        names = [field.name for field in dataclasses.fields(self) if field.name in declared]
-        if not self.lora:
-            names = [name for name in names if name not in _ADAPTERS]
-        return {declared[name].keyword: getattr(self, name) for name in names}
+        values = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name in declared
+            and not (declared[field.name].quiet and getattr(self, field.name) == field.default)
+        }
+        if self.scale is not None:  # the size is then still to be known
+            del values["size"]
+        return {declared[name].keyword: value for name, value in values.items()}
+
+    def scaled(self, source: tuple[int, int]) -> Request:
+        """Return this request with ``scale`` as a size, that of a source of (width, height) times it.
+
+        Sides are even, as video files want them.
+        """
+        if self.scale is None:
+            return self
+        width, height = (max(2 * round(self.scale * side / 2), 8) for side in source)
+        return dataclasses.replace(self, size=(width, height), scale=None)
 
     def to_json(self) -> str:
         """Return the stage and the keywords as a JSON object."""

@@ -18,7 +18,7 @@ class Rule:
     Attributes:
         kind: a key of ``KINDS``, which has its words and its conversion.
         low, high: bounds of a number, and of each of a size or an interval.
-        choices: the texts that a choice allows, and a boolean beside true and false.
+        choices: the texts that a choice allows, and a boolean or an integer beside its own values.
         optional: whether None is allowed, too.
     """
 
@@ -34,6 +34,8 @@ class Rule:
         words = KINDS[self.kind][0].format(self.low, self.high, ", ".join(self.choices))
         if self.kind == "boolean" and self.choices:
             words = f"true, false or {', '.join(self.choices)}"
+        elif self.kind == "integer":
+            words = " or ".join([words, *self.choices])
         return f"{words}, or none" if self.optional else words
 
     def check(self, name: str, value: Any, error_type: type[Exception]) -> Any:
@@ -62,7 +64,10 @@ def _number(rule: Rule, value: Any, kind: type = numbers.Real, proper: type = fl
     return proper(value)
 
 
-_integer = partial(_number, kind=numbers.Integral, proper=int)
+def _integer(rule: Rule, value: Any) -> Any:
+    if isinstance(value, str) and value in rule.choices:
+        return value
+    return _number(rule, value, numbers.Integral, int)
 
 
 def _text(rule: Rule, value: Any) -> str:
@@ -129,10 +134,14 @@ KINDS: dict[str, tuple[str, Callable[[Rule, Any], Any]]] = {
     "generator": ("a torch.Generator", _generator),
 }
 
-integer = partial(Rule, "integer")
 number = partial(Rule, "number")
 size = partial(Rule, "size")
 interval = partial(Rule, "interval")
+
+
+def integer(low: int, high: int, *other: str) -> Rule:
+    """A whole number, or one of the other names."""
+    return Rule("integer", low, high, other)
 
 
 def choice(*names: str) -> Rule:

@@ -26,11 +26,12 @@ from .command import PROGRAM
 from .convert import CONVERT
 from .demo import DEMO
 from .doctor import DOCTOR
+from .enhance import ENHANCE
 from .generate import GENERATE
 from .info import INFO
 from .preview import PREVIEW
 
-COMMANDS = (DEMO, GENERATE, PREVIEW, INFO, CONVERT, DOCTOR)
+COMMANDS = (DEMO, GENERATE, ENHANCE, PREVIEW, INFO, CONVERT, DOCTOR)
 
 #: The user's to correct, as a wrong argument is; other errors of ours exit with 1.
 _EXIT_WITH_2 = (InvalidInputError, ConfigurationError, MissingFileError, MissingPackageError)

@@ -40,7 +40,7 @@ def integer_or_name(text: str) -> int | str:
 
 #: What argparse needs to know of a flag, by the kind of its rule. Bounds and choices are checked later, with
 #: the words that every other way in has.
-_KINDS: dict[str, dict[str, Any]] = {
+FLAG_KINDS: dict[str, dict[str, Any]] = {
     "integer": {"type": int, "metavar": "N"},
     "number": {"type": float, "metavar": "X"},
     "text": {"metavar": "TEXT"},
@@ -56,13 +56,13 @@ _KINDS: dict[str, dict[str, Any]] = {
 
 def first_stage_flags() -> list[Setting]:
     """Return the declarations of what a command line may give to stage one, or to both."""
-    return [each for each in call_settings(IMAGE_TO_VIDEO).values() if each.rule.kind in _KINDS]
+    return [each for each in call_settings(IMAGE_TO_VIDEO).values() if each.rule.kind in FLAG_KINDS]
 
 
 def second_stage_flags() -> tuple[list[Setting], list[Setting]]:
     """Return what only stage two has, and what it has of its own beside stage one's."""
     in_first = call_settings(IMAGE_TO_VIDEO)
-    flags = [each for each in call_settings(VIDEO_TO_VIDEO).values() if each.rule.kind in _KINDS]
+    flags = [each for each in call_settings(VIDEO_TO_VIDEO).values() if each.rule.kind in FLAG_KINDS]
     only = [each for each in flags if each.name not in in_first]
     return only, [each for each in flags if each.name in in_first and not each.both]
 
@@ -70,7 +70,7 @@ def second_stage_flags() -> tuple[list[Setting], list[Setting]]:
 def add_flags(parser: Any, settings: Iterable[Setting], prefix: str = "") -> None:
     """Add a flag for each setting to a parser or a group; its value is found by ``values_of``."""
     for each in settings:
-        options = dict(_KINDS[each.rule.kind])
+        options = dict(FLAG_KINDS[each.rule.kind])
         if each.rule.kind == "choice":
             options["metavar"] = f"{{{','.join(each.rule.choices)}}}"
         elif each.rule.kind == "integer" and each.rule.choices:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterator
+from typing import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,11 +11,12 @@ from torch import Tensor
 from ..errors import NumericalError
 from ..models.unet import FeatureCache, UNet
 from ..samplers.guidance import denoiser, guided, guided_within
-from ..samplers.schedules import Denoiser, NoiseLevel
-from ..samplers.windows import windowed
+from ..samplers.schedules import Denoiser, NoiseLevel, Velocity
+from ..samplers.windows import Origin, TileVelocity, WindowVelocity, tiled, windowed
 from ..settings.request import Request
 from ..weights.loading import precision_name
 from .memory.out_of_memory import with_less_at_a_time
+from .memory.tiles import TileLimit
 
 #: Up to so many latent positions (b f h w), by device, both branches of guidance go through the UNet
 #: together: its deep levels are too small for the device to be busy with one.
@@ -34,6 +35,13 @@ class ChunkLimit:
 
     elements: int
 
+    def __post_init__(self) -> None:
+        self._before = self.elements
+
+    def reset(self) -> None:
+        """Allow as many as at the beginning."""
+        self.elements = self._before
+
     def and_less(self) -> Iterator[int]:
         """Yield the present limit and smaller ones."""
         elements = self.elements
@@ -42,8 +50,20 @@ class ChunkLimit:
             yield elements
 
 
+#: A wrapper around the prediction of a window.
+WindowWrapper = Callable[[WindowVelocity], WindowVelocity]
+
+
 def guided_denoiser(
-    unet: UNet, y: Tensor, negative_y: Tensor, request: Request, limit: ChunkLimit, **conditions: Tensor
+    unet: UNet,
+    y: Tensor,
+    negative_y: Tensor,
+    request: Request,
+    limit: ChunkLimit,
+    tiles: TileLimit | None = None,
+    latent_scale: int = 8,
+    remember: WindowWrapper = lambda velocity: velocity,
+    fps: Tensor | None = None,
 ) -> Denoiser:
     """Return the denoiser of a generation, for float32 states [B, 4, F, h, w].
 
@@ -54,17 +74,47 @@ def guided_denoiser(
         y, negative_y: conditioning of the two branches of guidance, [B, N, D] each.
         request: ``guide_scale``, ``guide_rescale``, the windows, and what may be approximated.
         limit: what the UNet takes at a time.
-        **conditions: what else the UNet takes, [B].
+        tiles: in which large frames go through; without it they do as wholes.
+        latent_scale: pixels of a latent position.
+        remember: is put around the prediction of each window.
+        fps: of stage one's videos, [B].
     """
-    branches = _Branches(unet, y, negative_y, request.reuse_interval, limit, conditions)
-    conditional = windowed(branches.conditional, request.window, request.overlap)
+    branches = _Branches(unet, y, negative_y, request.reuse_interval, limit, fps)
+
+    def over_video(velocity: TileVelocity) -> Velocity:
+        def of_window(x: Tensor, level: NoiseLevel, start: int) -> Tensor:
+            return velocity(x, level, (start, 0, 0))
+
+        inner = of_window if tiles is None else _in_tiles(velocity, tiles, unet, latent_scale, limit)
+        return windowed(remember(inner), request.window, request.overlap)
+
+    conditional = over_video(branches.conditional)
     velocity = conditional
     if request.guide_scale != 1.0:  # else the unconditional branch would have no part in it
-        both = windowed(branches.both, request.window, request.overlap)
-        velocity = guided(both, request.guide_scale, request.guide_rescale)
+        velocity = guided(over_video(branches.both), request.guide_scale, request.guide_rescale)
         if request.guidance_interval is not None:
             velocity = guided_within(request.guidance_interval, velocity, conditional)
     return _finite(denoiser(velocity), precision_name(unet.dtype))
+
+
+def _in_tiles(
+    velocity: TileVelocity, tiles: TileLimit, unet: UNet, scale: int, limit: ChunkLimit
+) -> WindowVelocity:
+    """Predict frames in tiles: of the size that was asked for, or of what memory there is for."""
+
+    def predict(x: Tensor, level: NoiseLevel, start: int) -> Tensor:
+        frame = scale * max(x.shape[3:])
+
+        def in_tiles(size: int) -> Tensor:
+            if size != (tiles.size or frame):
+                tiles.size = size
+                limit.reset()
+            return tiled(velocity, *tiles.layout(size, unet.config, scale))(x, level, start)
+
+        words = "with frames in tiles of {} pixels"
+        return with_less_at_a_time(in_tiles, tiles.and_less(frame), words, x.device)
+
+    return predict
 
 
 def _finite(denoise: Denoiser, precision: str) -> Denoiser:
@@ -94,30 +144,30 @@ class _Branches:
         negative_y: Tensor,
         reuse_interval: int,
         limit: ChunkLimit,
-        conditions: dict[str, Tensor],
+        fps: Tensor | None,
     ):
-        self._unet, self._limit, self._conditions = unet, limit, conditions
+        self._unet, self._limit, self._fps = unet, limit, fps
         self._device, self._batch = next(unet.parameters()).device, y.shape[0]
         self._y, self._negative_y = y.to(self._device), negative_y.to(self._device)
         self._reuse_interval = reuse_interval
-        self._caches: dict[tuple[int, int], list[FeatureCache]] = {}  # by window and count of branches
+        self._caches: dict[tuple[Origin, int], list[FeatureCache]] = {}  # by place and count of branches
 
-    def conditional(self, x: Tensor, level: NoiseLevel, start: int) -> Tensor:
-        """Return the conditional prediction for a window of frames, [B, 4, F, h, w]."""
-        return self._predict(x, level, [self._y], self._caches_at(level, start, 1))
+    def conditional(self, x: Tensor, level: NoiseLevel, origin: Origin) -> Tensor:
+        """Return the conditional prediction for a part of a video, [B, 4, F, h, w]."""
+        return self._predict(x, level, [self._y], self._caches_at(level, origin, 1))
 
-    def both(self, x: Tensor, level: NoiseLevel, start: int) -> Tensor:
-        """Return both branches' predictions for a window of frames, [2, B, 4, F, h, w]."""
+    def both(self, x: Tensor, level: NoiseLevel, origin: Origin) -> Tensor:
+        """Return both branches' predictions for a part of a video, [2, B, 4, F, h, w]."""
         contexts = [self._y, self._negative_y]
         small = x[:, 0].numel() <= _TOGETHER.get(self._device.type, 0)
         if small and self._y.shape == self._negative_y.shape:
             contexts = [torch.cat(contexts)]
-        return self._predict(x, level, contexts, self._caches_at(level, start, 2)).unflatten(0, (2, -1))
+        return self._predict(x, level, contexts, self._caches_at(level, origin, 2)).unflatten(0, (2, -1))
 
-    def _caches_at(self, level: NoiseLevel, start: int, branches: int) -> list[FeatureCache | None]:
+    def _caches_at(self, level: NoiseLevel, origin: Origin, branches: int) -> list[FeatureCache | None]:
         if self._reuse_interval == 1:
             return [None] * branches
-        key = (start, branches)
+        key = (origin, branches)
         if level.number % self._reuse_interval == 0 or key not in self._caches:
             self._caches[key] = [FeatureCache() for _ in range(branches)]
         return [*self._caches[key]]
@@ -130,7 +180,7 @@ class _Branches:
         def predict(y: Tensor, cache: FeatureCache | None) -> Tensor:
             def predict_in_chunks(chunk: int) -> Tensor:
                 self._limit.elements = chunk
-                v = self._unet(x, timesteps, y, **self._conditions, cache=cache, chunk=chunk)
+                v = self._unet(x, timesteps, y, self._fps, cache=cache, chunk=chunk)
                 return v.float()
 
             words = "with layers in parts of {} elements"

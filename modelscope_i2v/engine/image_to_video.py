@@ -12,6 +12,7 @@ from ..media.preprocessing import ClipImageTransform
 from ..samplers.ddim import sample_ddim
 from ..samplers.dpmpp import sample_dpmpp_2m
 from ..samplers.schedules import ddim_levels, karras_levels, stable_diffusion_schedule
+from ..settings.record import to_metadata
 from ..settings.request import Request
 from .generated import GeneratedVideo
 from .latents import draw_noise
@@ -55,7 +56,10 @@ class ImageToVideo(Stage):
     def generate(self, pixels: Tensor, request: Request, progress: Progress) -> GeneratedVideo:
         """Generate the video of a transformed image [1, 3, size, size]."""
         with self._one_at_a_time:
-            return self._generated(self.sample(pixels, request, progress), request, progress)
+            latents = self.sample(pixels, request, progress)
+            frames = self.decode(latents, request, progress, to_uint8=True)[0].numpy()
+            entries = self.record(request)
+        return GeneratedVideo(frames, entries["fps"], to_metadata(entries), entries, progress.seconds)
 
     @torch.no_grad()
     def sample(

@@ -46,8 +46,8 @@ class Progress:
         self._inner_seconds = outer_seconds + elapsed
 
     @contextmanager
-    def steps(self, description: str, total: int) -> Iterator[StepCallback]:
-        """Show a bar of ``total`` steps for a block.
+    def steps(self, description: str, total: int, done: int = 0) -> Iterator[StepCallback]:
+        """Show a bar of ``total`` steps for a block, of which so many are done.
 
         Yields:
             The samplers' callback. It moves the bar and calls the caller's callback.
@@ -57,7 +57,7 @@ class Progress:
         """
         # None: tqdm's own choice, which is not to show a bar where stderr is no terminal.
         disable = (None if not _in_notebook() else False) if self.bar is None else not self.bar
-        with tqdm(total=total, desc=description, disable=disable) as bar:
+        with tqdm(total=total, initial=done, desc=description, disable=disable) as bar:
 
             def after_step(step: int, timestep: float, x: Tensor) -> None:
                 bar.update()

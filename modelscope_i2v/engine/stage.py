@@ -19,7 +19,7 @@ from ..models.unet import UNet
 from ..samplers.schedules import Denoiser, NoiseLevel
 from ..settings.configuration import load_settings
 from ..settings.keywords import check_keywords
-from ..settings.record import configuration_sha256, record, to_metadata
+from ..settings.record import configuration_sha256, record
 from ..settings.request import Request
 from ..settings.stages import StageSettings
 from ..weights import load_weights
@@ -27,13 +27,13 @@ from ..weights.adapters import MergedAdapters, check_adapter, find_adapter
 from ..weights.loading import precision_name
 from ..weights.parts import stage_parts
 from .compilation import CompiledBlocks
-from .denoising import ChunkLimit, guided_denoiser
+from .denoising import ChunkLimit, WindowWrapper, guided_denoiser
 from .devices import device_of, placed_on, resolve_device
-from .generated import GeneratedVideo
 from .latents import decode_latents, latent_size
 from .memory.estimate import choose_low_memory, chunk_of
 from .memory.limits import check_limits
 from .memory.out_of_memory import OutOfMemory, is_out_of_memory, not_enough
+from .memory.tiles import TileLimit
 from .precision import select_dtype
 from .progress import Progress
 
@@ -133,24 +133,27 @@ class Stage(nn.Module):
         return request, progress
 
     def decode(
-        self, latents: Tensor, request: Request, progress: Progress | None = None, to_uint8: bool = False
+        self,
+        latents: Tensor,
+        request: Request,
+        progress: Progress | None = None,
+        to_uint8: bool = False,
+        **options: Any,
     ) -> Tensor:
-        """Return the videos of latents [B, 4, F, h, w], as of ``decode_latents``."""
+        """Return the videos of latents [B, 4, F, h, w], as of ``decode_latents``, which has the options."""
         progress = progress or Progress()
         at_a_time = 1 if self.low_memory else self.settings.decoder_bs
         with self._phase("decoding", progress, request, latents.shape[2], self.autoencoder) as device:
-            return decode_latents(self.autoencoder, latents.to(device), request.size, at_a_time, to_uint8)
+            latents = latents.to(device)
+            return decode_latents(self.autoencoder, latents, request.size, at_a_time, to_uint8, **options)
 
-    def _generated(
-        self, latents: Tensor, request: Request, progress: Progress, **more: Any
-    ) -> GeneratedVideo:
-        """Decode latents [1, 4, F, h, w] into the result of a call; ``more`` goes into its record."""
-        frames = self.decode(latents, request, progress, to_uint8=True)[0].numpy()
+    def record(self, request: Request, **more: Any) -> dict[str, Any]:
+        """Return how a video of a request is made; ``more`` goes into it."""
         precision = precision_name(self.unet.dtype)
         entries = {**record(request, self.folder, self.configuration_sha256, precision), **more}
         if request.lora:
             entries["lora_sha256"] = [sha256 for sha256, _ in self._adapters.merged]
-        return GeneratedVideo(frames, entries["fps"], to_metadata(entries), entries, progress.seconds)
+        return entries
 
     def _use_adapters(self, request: Request) -> None:
         """Give the UNet a request's adapters, and take others out."""
@@ -189,15 +192,20 @@ class Stage(nn.Module):
         level: NoiseLevel,
         request: Request,
         progress: Progress,
-        **conditions: Tensor,
+        tiles: TileLimit | None = None,
+        remember: WindowWrapper = lambda velocity: velocity,
+        fps: Tensor | None = None,
     ) -> Denoiser:
         """Return what the samplers call, compiled for a state like x at a level like its."""
         device = device_of(self.unet)
         if device != self._chunked_for:  # else as it is: out of memory, it has become less
             self._chunk_limit, self._chunked_for = ChunkLimit(chunk_of(device, self.low_memory)), device
 
-        def denoiser_for(request: Request) -> Denoiser:
-            return guided_denoiser(self.unet, y, negative_y, request, self._chunk_limit, **conditions)
+        def denoiser_for(request: Request, remember: WindowWrapper = lambda velocity: velocity) -> Denoiser:
+            scale = self.settings.autoencoder.downscale
+            return guided_denoiser(
+                self.unet, y, negative_y, request, self._chunk_limit, tiles, scale, remember, fps
+            )
 
         if self._compiled is not None:
             whole = replace(request, guidance_interval=None, reuse_interval=1)
@@ -206,7 +214,7 @@ class Stage(nn.Module):
                 sizes.append(denoiser_for(replace(whole, guide_scale=1.0)))
             with progress.phase("compiling", device):
                 self._compiled.prepare(sizes, x, level)
-        return denoiser_for(request)
+        return denoiser_for(request, remember)
 
     def _latent_shape(self, request: Request, frames: int) -> tuple[int, ...]:
         size = latent_size(request.size, self.settings.unet, self.settings.autoencoder.downscale)

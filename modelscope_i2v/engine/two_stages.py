@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Iterable
@@ -9,6 +10,7 @@ from typing import Any, Iterable
 from ..errors import ConfigurationError
 from ..settings.configuration import SECOND_STAGE_SECTION, read_configuration
 from ..settings.keywords import split_keywords, split_settings
+from .enhancement import EnhancedFile
 from .generated import GeneratedVideo
 from .image_to_video import ImageToVideo
 from .previews import generate_previews
@@ -59,6 +61,12 @@ class TwoStages:
     def refine(self, video: Any, **keywords: Any) -> GeneratedVideo:
         """Return stage two's video of stage one's, with stage two's keywords."""
         return self.second(video, **keywords)
+
+    def enhance(
+        self, video: Any, output: str | os.PathLike, resume: bool = False, **keywords: Any
+    ) -> EnhancedFile:
+        """Write any video's sharper one to a file, as ``VideoToVideo.enhance`` does."""
+        return self.second.enhance(video, output, resume, **keywords)
 
     def generate(self, image: Any, **keywords: Any) -> GeneratedVideo:
         """Return stage two's video of stage one's of an image; stage one's is its ``first``.

@@ -104,19 +104,32 @@ def _copied_stream(container: Any, template: Any) -> Any:
 
 def _pictures(parts: Sequence[Part], video: Any, timing: Timing) -> Iterator[_Timed]:
     """Yield the parts' packets with the times of their frames."""
-    first = 0
+    # Frames are decoded as many places before they are shown as the part of the most needs.
+    ahead = max(_packets_ahead(part) for part in parts)
+    first = decoded = 0
     for part in parts:
-        with av.open(part.path) as container:
-            for packet in container.demux(container.streams.video[0]):
-                if packet.dts is None:
-                    continue
-                unit = packet.time_base * part.rate
-                shown, decoded = (first + round(each * unit) for each in (packet.pts, packet.dts))
-                packet.stream, packet.time_base = video, timing.unit
-                packet.pts, packet.dts = timing.ticks(shown), timing.ticks(decoded)
-                packet.duration = timing.ticks(shown + 1) - packet.pts
-                yield timing.seconds(decoded), -1, packet
+        for packet in _packets(part):
+            shown = first + _frame_number(packet.pts, packet, part)
+            packet.stream, packet.time_base = video, timing.unit
+            packet.pts, packet.dts = timing.ticks(shown), timing.ticks(decoded - ahead)
+            packet.duration = timing.ticks(shown + 1) - packet.pts
+            yield timing.seconds(decoded - ahead), -1, packet
+            decoded += 1
         first += part.frames
+
+
+def _packets(part: Part) -> Iterator[Any]:
+    with av.open(part.path) as container:
+        yield from (each for each in container.demux(container.streams.video[0]) if each.dts is not None)
+
+
+def _packets_ahead(part: Part) -> int:
+    packet = next(_packets(part))
+    return _frame_number(packet.pts, packet, part) - _frame_number(packet.dts, packet, part)
+
+
+def _frame_number(time: int, packet: Any, part: Part) -> int:
+    return round(time * packet.time_base * part.rate)
 
 
 def _sound(source: Any, container: Any, start: Fraction, end: Fraction, name: str) -> list[Iterator[_Timed]]:

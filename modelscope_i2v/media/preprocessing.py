@@ -52,7 +52,12 @@ class VideoTransform:
         return torch.stack([to_tensor(frame) for frame in frames]) * 2 - 1
 
 
-def to_frames(video: Tensor) -> np.ndarray:
-    """Frames [F, H, W, 3] uint8 of a video [3, F, H, W] in about [-1, 1], truncated as published."""
-    video = (video.float() / 2 + 0.5).clamp(0, 1) * 255
-    return video.permute(1, 2, 3, 0).to(torch.uint8).cpu().numpy()
+def to_frames(video: Tensor, deep: bool = False) -> np.ndarray:
+    """Frames [F, H, W, 3] uint8 of a video [3, F, H, W] in about [-1, 1], truncated as published.
+
+    With ``deep`` they are uint16, rounded.
+    """
+    video = (video.float() / 2 + 0.5).clamp(0, 1).permute(1, 2, 3, 0)
+    if deep:
+        return (video * 65535).round().to(torch.int32).cpu().numpy().astype(np.uint16)
+    return (video * 255).to(torch.uint8).cpu().numpy()

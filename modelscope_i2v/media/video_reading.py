@@ -120,6 +120,12 @@ class VideoReader:
         yield from self._frames
 
     @property
+    def rate(self) -> Fraction | None:
+        """Frames per second as the file states it, None where it states none that can be."""
+        stated = (self._stream.average_rate, self._stream.guessed_rate)
+        return next((rate for rate in stated if _plausible(rate)), None)
+
+    @property
     def start(self) -> Fraction:
         return self._times[0] * self._time_base if self._times else Fraction(0)
 

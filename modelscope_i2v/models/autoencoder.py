@@ -44,6 +44,12 @@ class DiagonalGaussian:
         return self.mean
 
 
+def posterior_of(moments: Tensor) -> DiagonalGaussian:
+    """Return the posterior that an encoder's moments [N, 2 z, h, w] say."""
+    mean, logvar = moments.chunk(2, dim=1)
+    return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
+
+
 class ResidualBlock(nn.Module):
     nin_shortcut: StreamConv | nn.Identity
 
@@ -204,9 +210,7 @@ class Autoencoder(nn.Module):
                 f"got {list(x.shape)}"
             )
         x = x.to(stream_dtype(self.dtype), memory_format=torch.channels_last)
-        moments = self.quant_conv(self.encoder(x))
-        mean, logvar = moments.chunk(2, dim=1)
-        return DiagonalGaussian(mean, logvar.clamp(-30.0, 20.0))
+        return posterior_of(self.quant_conv(self.encoder(x)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Images [N, 3, 8 h, 8 w], about [-1, 1], of latents [N, z, h, w]."""

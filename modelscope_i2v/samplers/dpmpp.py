@@ -12,7 +12,7 @@ import torch
 import torchsde
 from torch import Tensor
 
-from .schedules import Callback, Denoiser, NoiseLevel
+from .schedules import Callback, Denoiser, NoiseLevel, SaveState, SolverState
 
 #: (s, s_next) -> unit normal noise for the step between them
 NoiseSampler = Callable[[float, float], Tensor]
@@ -47,38 +47,42 @@ def sample_dpmpp_2m(
 
 def sample_dpmpp_2m_sde(
     denoise: Denoiser,
-    x: Tensor,
+    x: Tensor | SolverState,
     levels: Sequence[NoiseLevel],
     noise: NoiseSampler,
     callback: Callback | None = None,
+    save: SaveState | None = None,
 ) -> Tensor:
     """Sample with DPM-Solver++(2M) SDE, midpoint, eta 1 (appendix of the paper).
 
     Args:
         denoise: predicts x0.
-        x: the variance-exploding state x0 + s n at levels[0], [B, C, F, h, w].
+        x: the variance-exploding state x0 + s n at levels[0], [B, C, F, h, w], or a saved one to go on from.
         levels: descending, the last with s = 0.
         noise: the noise of a step; not called for the last one.
         callback: called with (step, s, x) after each step.
+        save: called with the state after each step.
 
     Returns:
         x0.
     """
-    previous: Tensor | None = None
-    previous_h = 0.0
-    for step, (level, following) in enumerate(zip(levels, levels[1:])):
-        s, s_next = level.s, following.s
-        x0 = denoise(x / math.sqrt(1.0 + s**2), level)
+    state = x if isinstance(x, SolverState) else SolverState(0, x)
+    x, previous = state.x, state.previous
+    for step in range(state.step, len(levels) - 1):
+        s, s_next = levels[step].s, levels[step + 1].s
+        x0 = denoise(x / math.sqrt(1.0 + s**2), levels[step])
         if s_next == 0:
             x = x0
         else:
             h = math.log(s / s_next)  # the step in log-SNR / 2
             target = x0
-            if previous is not None:
-                target = x0 + 0.5 * (h / previous_h) * (x0 - previous)  # linear extrapolation to the midpoint
+            if previous is not None:  # linear extrapolation to the midpoint
+                target = x0 + 0.5 * (h / math.log(levels[step - 1].s / s)) * (x0 - previous)
             x = (s_next / s) * math.exp(-h) * x - math.expm1(-2 * h) * target
             x = x + s_next * math.sqrt(-math.expm1(-2 * h)) * noise(s, s_next)
-            previous, previous_h = x0, h
+        previous = x0
+        if save is not None:
+            save(SolverState(step + 1, x, previous))
         if callback is not None:
             callback(step, s, x)
     return x

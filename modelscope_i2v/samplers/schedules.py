@@ -37,6 +37,28 @@ Denoiser = Callable[[Tensor, NoiseLevel], Tensor]
 Velocity = Callable[[Tensor, NoiseLevel], Tensor]
 #: Called after each step with (step, timestep or s, x).
 Callback = Callable[[int, float, Tensor], None]
+#: Called after each step with its state, before the callback.
+SaveState = Callable[["SolverState"], None]
+
+
+@dataclass(frozen=True, eq=False)
+class SolverState:
+    """Where a sampler stands between two steps, enough to go on from.
+
+    Attributes:
+        step: how many steps are done.
+        x: the state after them.
+        previous: what was predicted in the last of them, for a solver of two steps.
+    """
+
+    step: int
+    x: Tensor
+    previous: Tensor | None = None
+
+    def to(self, device: torch.device) -> SolverState:
+        """Return the state on a device."""
+        previous = None if self.previous is None else self.previous.to(device)
+        return SolverState(self.step, self.x.to(device), previous)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,17 +1,20 @@
-"""Long videos in overlapping windows of frames."""
+"""Long videos in overlapping windows of frames, and large frames in overlapping tiles."""
 
 from __future__ import annotations
 
 from typing import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .schedules import NoiseLevel, Velocity
 
+#: Where a part of a video begins: its first frame, row and column.
+Origin = tuple[int, int, int]
 #: (a window of x [B, C, f, h, w], level, its first frame) -> v [.., B, C, f, h, w]
 WindowVelocity = Callable[[Tensor, NoiseLevel, int], Tensor]
+#: The same of a tile of a window.
+TileVelocity = Callable[[Tensor, NoiseLevel, Origin], Tensor]
 
 
 def window_starts(frames: int, size: int, overlap: int) -> list[int]:
@@ -32,17 +35,50 @@ def windowed(velocity: WindowVelocity, size: int, overlap: int) -> Velocity:
     """
 
     def blended(x: Tensor, level: NoiseLevel) -> Tensor:
-        frames = x.shape[2]
-        if frames <= size:
+        if x.shape[2] <= size:
             return velocity(x, level, 0)
-        ramp = torch.arange(1, size + 1, device=x.device, dtype=x.dtype)
-        weight = torch.minimum(ramp, ramp.flip(0)).clamp_max(overlap + 1).view(-1, 1, 1)
-        total, weights = x.new_zeros(()), x.new_zeros(frames, 1, 1)
-        for start in window_starts(frames, size, overlap):
-            window = slice(start, start + size)
-            padding = (0, 0, 0, 0, start, frames - start - size)
-            total = total + F.pad(weight * velocity(x[:, :, window], level, start), padding)
-            weights[window] += weight
-        return total / weights
+
+        def part(start: int) -> Tensor:
+            return velocity(x[:, :, start : start + size], level, start)
+
+        return _blended(part, x.shape[2], size, overlap, -3)
 
     return blended
+
+
+def tiled(velocity: TileVelocity, size: tuple[int, int], overlap: tuple[int, int]) -> WindowVelocity:
+    """Predict large frames in overlapping tiles of ``size`` (rows, columns), blended as windows are.
+
+    Rows of tiles are blended first, and then with each other: the weights of both axes are multiplied.
+    """
+    (height, width), (over_rows, over_columns) = size, overlap
+
+    def blended(x: Tensor, level: NoiseLevel, start: int) -> Tensor:
+        def row(y: int) -> Tensor:
+            def tile(z: int) -> Tensor:
+                part = x[..., y : y + height, z : z + width]
+                return velocity(part, level, (start, y, z))
+
+            return _blended(tile, x.shape[4], width, over_columns, -1)
+
+        return _blended(row, x.shape[3], height, over_rows, -2)
+
+    return blended
+
+
+def _blended(part: Callable[[int], Tensor], length: int, size: int, overlap: int, axis: int) -> Tensor:
+    """Return the weighted mean of overlapping parts along an axis, counted from the last."""
+    if length <= size:
+        return part(0)
+    starts = window_starts(length, size, overlap)
+    v = part(starts[0])
+    shape, broadcast = list(v.shape), [-1] + [1] * (-1 - axis)
+    shape[axis] = length
+    ramp = torch.arange(1, size + 1, device=v.device, dtype=v.dtype)
+    weight = torch.minimum(ramp, ramp.flip(0)).clamp_max(overlap + 1).view(broadcast)
+    total, weights = v.new_zeros(shape), v.new_zeros(length).view(broadcast)
+    for start in starts:
+        v = part(start) if start else v
+        total.narrow(axis, start, size).add_(weight * v)
+        weights.narrow(0, start, size).add_(weight)
+    return total / weights

@@ -12,7 +12,7 @@ from ..errors import InvalidInputError, describe
 from .configuration import FILE_NAME
 from .keywords import check_keywords
 from .request import Request, computed_settings
-from .stages import SETTINGS_OF_STAGE, VIDEO_TO_VIDEO
+from .stages import IMAGE_TO_VIDEO, SETTINGS_OF_STAGE, VIDEO_TO_VIDEO
 
 #: Entries of a record beside the request's keywords.
 _BESIDE = ("stage", "model", "configuration_sha256", "precision", "mode", "software")
@@ -72,6 +72,12 @@ def _parsed(value: str) -> Any:
         return json.loads(value)
     except (ValueError, RecursionError):  # nested thousands of brackets deep
         return value
+
+
+def first_stage_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what stage two's record says of stage one, if the metadata of its source's file do."""
+    first_stage = from_metadata(metadata)
+    return {FIRST_STAGE: first_stage} if first_stage.get("stage") == IMAGE_TO_VIDEO else {}
 
 
 def keywords_like(metadata: Mapping[str, str], name: str) -> tuple[dict[str, Any], dict[str, Any] | None]:

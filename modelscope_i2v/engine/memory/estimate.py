@@ -25,6 +25,7 @@ _UNET_APART, _UNET_TOGETHER = 9.1, 18.1
 #: At least this, and so many times the largest tensor inside a layer, where that is taken in chunks.
 _UNET_LAYER, _UNET_CHUNKS = 5.0, 2.0
 _AUTOENCODER_ELEMENTS = 8.2  # a pixel and unit of width: 1.8 GiB for one frame of 1280x720
+_STRIPS_ELEMENTS = 3.1  # the same of one frame in strips
 # Frames in float32, of 12 bytes a pixel: those going in, those coming out, and a copy of these while they are
 # scaled. They lie in the host's memory, wherever the networks are.
 _FRAME_BYTES = 3 * 12
@@ -62,7 +63,12 @@ CPU_CHUNK = 2**22
 
 
 def estimate_memory(
-    settings: StageSettings, size: tuple[int, int], frames: int, window: int, low_memory: bool = False
+    settings: StageSettings,
+    size: tuple[int, int],
+    frames: int,
+    window: int,
+    low_memory: bool = False,
+    tile: int | None = None,
 ) -> MemoryEstimate:
     """Of one generation.
 
@@ -72,9 +78,12 @@ def estimate_memory(
         frames: of the whole video.
         window: frames that go through the UNet at a time.
         low_memory: whether the networks take turns, so that one's weights count and not all's.
+        tile: side in pixels of the tiles that go through the UNet at a time, instead of whole frames. The
+            autoencoder then takes one frame in strips.
     """
     pixels = size[0] * size[1]
-    positions = min(window, frames) * pixels / settings.autoencoder.downscale**2
+    of_tile = pixels if tile is None else min(tile, size[0]) * min(tile, size[1])
+    positions = min(window, frames) * of_tile / settings.autoencoder.downscale**2
     with torch.device("meta"):  # nothing is allocated
         unet, autoencoder = UNet(settings.unet), Autoencoder(settings.autoencoder)
         tower = ClipImageEncoder if settings.unet.image_conditioned else ClipTextEncoder
@@ -87,6 +96,8 @@ def estimate_memory(
     in_unet = max(outside * finest, _UNET_LAYER * finest + _UNET_CHUNKS * parts)
     decoded = (1 if low_memory else min(settings.decoder_bs, frames)) * pixels
     in_autoencoder = decoded * settings.autoencoder.ch * _AUTOENCODER_ELEMENTS
+    if tile is not None:
+        in_autoencoder = pixels * settings.autoencoder.ch * _STRIPS_ELEMENTS
     inside = [int(each * _ACTIVATION_BYTES[settings.precision]) for each in (in_unet, in_autoencoder, 0)]
     if low_memory:  # which network needs the most, with what it computes
         weights, activations = max(zip(of_weights, inside), key=sum)

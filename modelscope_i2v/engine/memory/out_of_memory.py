@@ -46,8 +46,8 @@ def with_less_at_a_time(
             logger.warning("out of memory on %s: trying again, %s", device, words.format(f"{amount:,}"))
         try:
             return work(amount)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except (OutOfMemory, MemoryError, RuntimeError) as error:
+            if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
                 raise
             # Without its traceback, whose frames would keep what was computed so far.
             cause = error.with_traceback(None)

@@ -93,34 +93,18 @@ def test_views_parameters_and_shared_storages_as_torch_load_has_them(tmp_path, s
             channels_last=random_tensor(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),
             parameter=nn.Parameter(base[2]),
             with_attributes=with_attributes,
+            conjugate=random_tensor(2, dtype=torch.complex64).conj(),
         ),
         tmp_path / "weights",
     )
     oracle = torch.load(tmp_path / "weights", weights_only=False)
     with open_checkpoint(tmp_path / "weights") as checkpoint:
+        assert list(checkpoint.others) == ["conjugate"] and oracle.pop("conjugate").is_conj()
         assert list(checkpoint) == list(oracle)
         for key, value in oracle.items():
             read = checkpoint.read(key)
             assert torch.equal(read, value), key
             assert read.is_contiguous() and read.untyped_storage().nbytes() == value.numel() * 4, key
-
-
-def test_a_conjugated_view_is_refused_rather_than_read_wrongly(tmp_path):
-    conjugate = random_tensor(2, dtype=torch.complex64).conj()
-    torch.save({"a": random_tensor(2), "z": conjugate}, tmp_path / "weights")
-    with open_checkpoint(tmp_path / "weights") as checkpoint:
-        assert list(checkpoint) == ["a"] and list(checkpoint.others) == ["z"]
-
-
-@pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
-def test_prefix_is_stripped_and_only_floating_tensors_are_cast(tmp_path, save):
-    weight = random_tensor(4, 3)
-    state = {"model.weight": weight, "model.count": torch.tensor(3), "other.weight": weight + 1}
-    save(state, tmp_path / "weights")
-    with open_checkpoint(tmp_path / "weights", "model.") as checkpoint:
-        assert sorted(checkpoint) == ["count", "weight"]
-        assert torch.equal(checkpoint.read("weight", dtype=torch.float16), weight.half())
-        assert checkpoint.read("count", dtype=torch.float16).dtype is torch.int64
 
 
 @pytest.mark.parametrize("save", TORCH_SAVERS.values(), ids=TORCH_SAVERS)
@@ -220,43 +204,35 @@ def test_what_is_no_state_dict_is_said(tmp_path, value, message):
 
 
 @pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
-def test_load_weights_gives_every_parameter_and_buffer(tmp_path, save):
-    save(network_state(), tmp_path / "weights")
-    network = network_on_meta()
-    load_weights(network, tmp_path / "weights")
-    for key, value in network_state().items():
-        assert torch.equal(network.state_dict()[key], value), key
-    assert isinstance(network.scale, nn.Parameter)
-    assert not any(parameter.requires_grad for parameter in network.parameters())
-    assert "body.1.running_mean" in dict(network.named_buffers())
-
-
-def test_load_weights_casts_floating_ones_and_moves_along_what_is_not_in_the_file(tmp_path):
-    torch.save(network_state(), tmp_path / "weights")
-    network = Network()
-    load_weights(network, tmp_path / "weights", dtype=torch.bfloat16)
-    assert network.scale.dtype is network.table.dtype is network.body[1].running_var.dtype is torch.bfloat16
-    assert network.body[1].num_batches_tracked.dtype is torch.int64
-    assert torch.equal(network.body[0].weight, network_state()["body.0.weight"].bfloat16())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_load_weights_gives_every_parameter_and_buffer(tmp_path, save, dtype):
+    """Floating ones are cast, and what is not in the file moves along."""
+    save({**network_state("net."), "other.scale": torch.zeros(())}, tmp_path / "weights")
+    for network in (network_on_meta(), Network()):
+        load_weights(network, tmp_path / "weights", "net.", dtype=None if dtype is torch.float32 else dtype)
+        for key, value in network_state().items():
+            cast = value.to(dtype) if value.is_floating_point() else value
+            assert network.state_dict()[key].dtype is cast.dtype
+            assert torch.equal(network.state_dict()[key], cast), key
+        assert isinstance(network.scale, nn.Parameter)
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        assert "body.1.running_mean" in dict(network.named_buffers())
+    assert network.table.dtype is dtype
 
 
 @pytest.mark.parametrize(
     "change, parts",
     [
         (lambda s: s.pop("scale"), ["1 missing keys ('scale')"]),
-        (lambda s: s.update(extra=torch.ones(1)), ["1 additional keys ('extra')"]),
         (
             lambda s: s.update({"body.0.bias": torch.ones(5)}),
-            ["another shape", "body.0.bias: [5]", "[3] in the net"],
+            ["shape", "bias: [5] in the file, [3]"],
         ),
         (
             lambda s: s.update(scale=torch.tensor(1)),
-            ["another kind of number", "scale: torch.int64", "torch.float32"],
+            ["scale: torch.int64 in the file"],
         ),
-        (
-            lambda s: s.update({"body.1.num_batches_tracked": torch.tensor(1.0)}),
-            ["num_batches_tracked: torch.float32"],
-        ),
+        (lambda s: s.update({"body.1.num_batches_tracked": torch.tensor(1.0)}), ["tracked: torch.float32"]),
         (lambda s: s.update(scale=numpy.float32(1)), ["no plain tensor", "scale: numpy.", "scalar"]),
         (lambda s: s.update(scale=1.0), ["no plain tensor", "scale: float"]),
         (lambda s: s.update(step=1), ["1 additional keys ('step')"]),
@@ -283,20 +259,15 @@ def test_what_does_not_fit_is_named_before_anything_is_read(tmp_path, monkeypatc
     assert network.scale.is_meta
 
 
-def test_a_wrong_prefix_is_said_once_and_not_key_by_key(tmp_path):
-    torch.save(network_state("visual."), tmp_path / "clip.bin")
-    with pytest.raises(
-        CheckpointError, match=r"none of its 8 keys .* is in the file, which has 'visual\.scale"
-    ):
-        load_weights(network_on_meta(), tmp_path / "clip.bin")
-
-
-def test_ignore_lets_pass_what_it_names_and_nothing_else(tmp_path):
-    torch.save({**network_state(), "logit_scale": torch.ones(1)}, tmp_path / "clip.bin")
-    load_weights(network_on_meta(), tmp_path / "clip.bin", ignore={"logit_scale"})
-    torch.save({**network_state(), "logit_scale_2": torch.ones(1)}, tmp_path / "clip.bin")
-    with pytest.raises(CheckpointError, match=r"1 additional keys \('logit_scale_2'\)"):
-        load_weights(network_on_meta(), tmp_path / "clip.bin", ignore={"logit_scale"})
+def test_a_wrong_prefix_is_said_once_and_ignore_lets_pass_what_it_names_and_nothing_else(tmp_path):
+    path = tmp_path / "clip.bin"
+    torch.save(network_state("visual."), path)
+    with pytest.raises(CheckpointError, match=r"none of its 8 keys .* in the file, which has 'visual\.scale"):
+        load_weights(network_on_meta(), path)
+    torch.save({**network_state(), "logit_scale": torch.ones(1)}, path)
+    load_weights(network_on_meta(), path, ignore={"logit_scale"})
+    with pytest.raises(CheckpointError, match=r"1 additional keys \('logit_scale'\)"):
+        load_weights(network_on_meta(), path, ignore={"logit_scale_2"})
 
 
 @pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
@@ -316,7 +287,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, monkeypatch, save):
     )
     for dtype in (None, torch.bfloat16, torch.float64):
         load_weights(network_on_meta(), path, "net.", dtype=dtype)
-    state["net.body.0.weight"][2, 3] = 65519.0
+    state["net.body.0.weight"][:] = 65519.0  # whose sum is beyond float16
     state["net.body.1.running_mean"][1] = 65504.0
     save(state, path)
     load_weights(network_on_meta(), path, "net.", dtype=torch.float16)
@@ -327,27 +298,6 @@ def test_weights_that_are_not_finite_are_named(tmp_path, monkeypatch, save):
             CheckpointError, match=r"1 of its .*\('net.scale'\); .* NaN or infinity in the file"
         ):
             load_weights(network_on_meta(), path, "net.", dtype=dtype)
-
-
-def test_large_weights_whose_sum_is_beyond_the_precision_are_finite(tmp_path):
-    torch.save({"weight": torch.full((64, 4), 60_000.0)}, tmp_path / "weights")
-    network = nn.Linear(4, 64, bias=False)
-    load_weights(network, tmp_path / "weights", dtype=torch.float16)
-    assert (network.weight == 60_000).all()
-
-
-@pytest.mark.parametrize(
-    "words",
-    ["[enforce fail] DefaultCPUAllocator: can't allocate memory", "CUDA out of memory. Tried to", None],
-)
-def test_memory_that_runs_out_is_an_error_that_helps(tmp_path, words):
-    torch.save(network_state(), tmp_path / "weights")
-
-    def layout(weight):
-        raise MemoryError if words is None else RuntimeError(words)
-
-    with pytest.raises(NotEnoughMemoryError, match="weights' .*low_memory true, or precision fp16 or bf16"):
-        load_weights(network_on_meta(), tmp_path / "weights", layout=layout)
 
 
 def test_memory_that_really_runs_out(tmp_path):
@@ -361,7 +311,9 @@ def test_memory_that_really_runs_out(tmp_path):
         pytest.skip("this file system has no files of a terabyte")
     network = nn.Module()
     network.weight = nn.Parameter(torch.empty(2**38, device="meta"))
-    with pytest.raises(NotEnoughMemoryError, match="out of memory while reading the weights file"):
+    with pytest.raises(
+        NotEnoughMemoryError, match="out of memory while reading the weights file.*low_memory true, or prec"
+    ):
         load_weights(network, path)
 
 
@@ -429,8 +381,8 @@ def test_a_missing_file_is_answered_with_what_is_there(tmp_path):
 # Wrong files
 
 
-def saved(save, folder: Path, **tensors: torch.Tensor) -> bytes:
-    save(tensors or {"weight": random_tensor(64, 64)}, folder / "saved")
+def saved(save, folder: Path) -> bytes:
+    save({"weight": random_tensor(64, 64)}, folder / "saved")
     return (folder / "saved").read_bytes()
 
 
@@ -441,10 +393,9 @@ def legacy(state: dict, path: Path) -> None:
     torch.save(state, path, _use_new_zipfile_serialization=False)
 
 
-def zipped(folder: Path) -> bytes:
-    with zipfile.ZipFile(folder / "saved", "w", zipfile.ZIP_DEFLATED) as archive:
+def zipped(state: dict, path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("weights.pth", b"0" * 1000)
-    return (folder / "saved").read_bytes()
 
 
 WRONG_FILES = {
@@ -454,7 +405,7 @@ WRONG_FILES = {
     "web page": (lambda d: b"\n<!DOCTYPE html><html><body>403", ["web page (HTML)", "download"]),
     "text": (lambda d: b"Entry not found", ["not a checkpoint", "15 bytes", "'Entry not found'"]),
     "torch's older format": (lambda d: saved(legacy, d), ["before version 1.6", "save it again"]),
-    "zip of a checkpoint": (zipped, ["no checkpoint", "'weights.pth'", "unpack"]),
+    "zip of a checkpoint": (lambda d: saved(zipped, d), ["no checkpoint", "'weights.pth'", "unpack"]),
     "zip cut short": (lambda d: saved(torch.save, d)[:-30], ["cut short", "download it again"]),
     "zip cut in half": (lambda d: saved(torch.save, d)[:9000], ["cut short", "9,000", "download it again"]),
     "safetensors cut short": (lambda d: saved(SAVERS["safetensors"], d)[:-1], ["cut short", "16,463"]),

@@ -77,8 +77,7 @@ def configure(folder: Path, section: str = "model", part: str = "model_args", **
 
 def edit_weights(path: Path, edit) -> None:
     """Replace a weights file, or a link to one, by a changed copy."""
-    with open_checkpoint(path) as checkpoint:
-        tensors = {key: checkpoint.read(key) for key in checkpoint}
+    tensors = weights(path)
     edit(tensors)
     path.unlink()
     torch.save({"state_dict": tensors}, path)
@@ -166,13 +165,15 @@ def test_what_the_networks_need_is_written_and_nothing_else(stage, precision, dt
     assert (folder / "configuration.json").read_bytes() == (source / "configuration.json").read_bytes()
 
 
-def test_two_folders_become_one_in_either_order(small_model, combined, tmp_path):
+def test_two_folders_become_one_in_either_order_and_it_stays_one(small_model, combined, tmp_path):
+    stems = (CLIP, AUTOENCODER, *UNETS.values())
+    assert names(combined) == sorted([*(f"{stem}.safetensors" for stem in stems), "configuration.json"])
     convert_folder(reversed(small_model), tmp_path / "reversed", "bf16")
-    assert names(combined) == sorted(
-        [*(f"{stem}.safetensors" for stem in (CLIP, AUTOENCODER, *UNETS.values())), "configuration.json"]
-    )
-    for name in names(combined):
-        assert (combined / name).read_bytes() == (tmp_path / "reversed" / name).read_bytes()
+    done = convert_folder(combined, tmp_path / "again", "bf16")
+    assert done.stages == STAGES and done.size_before == done.size
+    for copy in (tmp_path / "reversed", tmp_path / "again"):
+        assert names(copy) == names(combined)
+        assert all((combined / name).read_bytes() == (copy / name).read_bytes() for name in names(copy))
     first, second = (expected(folder, stage, torch.bfloat16) for folder, stage in zip(small_model, STAGES))
     both = {**first["clip_encoder"], **second["clip_encoder"]}
     assert_same(load_file(combined / f"{CLIP}.safetensors"), both)
@@ -182,42 +183,25 @@ def test_two_folders_become_one_in_either_order(small_model, combined, tmp_path)
     assert configuration(combined) == {**one, "video_to_video": two["model"]}
 
 
-def test_a_folder_of_both_stages_stays_one(combined, tmp_path):
-    done = convert_folder(combined, tmp_path / "again", "bf16")
-    assert done.stages == STAGES and done.size_before == done.size
-    assert names(tmp_path / "again") == names(combined)
-    for name in names(combined):
-        assert (combined / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-
-
-def test_autoencoders_that_differ_are_both_kept(folder_of, small_model, tmp_path):
+def test_what_differs_is_kept_of_both(folder_of, small_model, tmp_path):
+    """Two autoencoders, and of CLIP each stage's tower."""
     second = folder_of(TWO)
     key = PREFIX + "decoder.conv_out.bias"
 
-    def edit(tensors: dict) -> None:
-        tensors[key][0] += 1
-
-    edit_weights(second / f"{AUTOENCODER}.ckpt", edit)
-    convert_folder([small_model[0], second], tmp_path / "out")
-    files = [load_file(tmp_path / "out" / f"{AUTOENCODER}{end}.safetensors") for end in ("", f"-{TWO}")]
-    assert files[0][key][0] != files[1][key][0]
-    contents = configuration(tmp_path / "out")
-    assert contents["model"]["model_args"]["ckpt_autoencoder"] == f"{AUTOENCODER}.ckpt"
-    name = contents["video_to_video"]["model_args"]["ckpt_autoencoder"]
-    assert name == f"{AUTOENCODER}-{TWO}.safetensors"
-    pipe = pipeline(TWO, model=str(tmp_path / "out"), device="cpu", precision="fp16")
-    assert torch.equal(pipe.model.autoencoder.decoder.conv_out.bias, files[1][key])
-
-
-def test_each_stage_keeps_its_own_clip_tower(folder_of, small_model, tmp_path):
-    second = folder_of(TWO)
-
-    def edit(tensors: dict) -> None:
+    def double(tensors: dict) -> None:
         for tensor in tensors.values():
             tensor *= 2
 
-    edit_weights(second / f"{CLIP}.bin", edit)
+    edit_weights(second / f"{AUTOENCODER}.ckpt", lambda tensors: tensors[key].add_(1))
+    edit_weights(second / f"{CLIP}.bin", double)
     convert_folder([small_model[0], second], tmp_path / "out", "fp32")
+    files = [load_file(tmp_path / "out" / f"{AUTOENCODER}{end}.safetensors") for end in ("", f"-{TWO}")]
+    assert torch.equal(files[0][key] + 1, files[1][key])
+    one, two = (configuration(tmp_path / "out")[section] for section in ("model", "video_to_video"))
+    assert one["model_args"]["ckpt_autoencoder"] == f"{AUTOENCODER}.ckpt"
+    assert two["model_args"]["ckpt_autoencoder"] == f"{AUTOENCODER}-{TWO}.safetensors"
+    pipe = pipeline(TWO, model=str(tmp_path / "out"), device="cpu", precision="fp32")
+    assert torch.equal(pipe.model.autoencoder.decoder.conv_out.bias, files[1][key])
     clip = load_file(tmp_path / "out" / f"{CLIP}.safetensors")
     original = weights(small_model[0] / f"{CLIP}.bin")
     for key in ("visual.proj", "token_embedding.weight", "ln_final.bias"):
@@ -278,10 +262,8 @@ def test_a_weight_beyond_the_precision_is_named(folder_of, tmp_path):
     folder = folder_of(ONE)
     unet = folder / f"{UNETS[ONE]}.pth"
 
-    def edit(tensors: dict) -> None:
-        tensors["out.2.bias"][:2] = torch.tensor([65519.0, -65520.0])
-
-    edit_weights(unet, edit)
+    values = torch.tensor([65519.0, -65520.0])
+    edit_weights(unet, lambda tensors: tensors["out.2.bias"][:2].copy_(values))
     with pytest.raises(CheckpointError) as caught:
         convert_folder(folder, tmp_path / "out")
     assert str(caught.value) == (
@@ -294,36 +276,23 @@ def test_a_weight_beyond_the_precision_is_named(folder_of, tmp_path):
     assert converted[:2].tolist() == [65536, -65536]
 
 
-def test_weights_that_do_not_fit_give_the_errors_of_loading(folder_of, tmp_path):
-    folder = folder_of(ONE)
-    unet = folder / f"{UNETS[ONE]}.pth"
-    edit_weights(unet, lambda tensors: tensors.pop("out.2.bias"))
-    with pytest.raises(CheckpointError, match=r"1 missing keys \('out.2.bias'\)"):
-        convert_folder(folder, tmp_path / "out")
-    unet.unlink()
-    with pytest.raises(MissingFileError, match=unet.name):
-        convert_folder(folder, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_folders_and_precisions_that_do_not_fit(folder_of, small_model, combined, tmp_path):
+def test_weights_folders_and_precisions_that_do_not_fit(folder_of, small_model, combined, tmp_path):
     first, second = small_model
-    other = folder_of(ONE)
-    contents = configuration(other)
-    (other / "configuration.json").write_text(json.dumps({**contents, "task": "text-to-speech"}))
+    speech, misfit, missing = (folder_of(ONE, name) for name in ("speech", "misfit", "missing"))
+    contents = configuration(speech)
+    (speech / "configuration.json").write_text(json.dumps({**contents, "task": "text-to-speech"}))
+    edit_weights(misfit / f"{UNETS[ONE]}.pth", lambda tensors: tensors.pop("out.2.bias"))
+    (missing / f"{UNETS[ONE]}.pth").unlink()
     for sources, precision, error, words in [
         ([first, first], "fp16", InvalidInputError, f"'{first}' and '{first}' both describe image-to-video"),
         ([second, combined], "fp16", InvalidInputError, f"'{combined}' both describe video-to-video"),
         ([first, second, combined], "fp16", InvalidInputError, "one of each stage; got 3"),
         ([], "fp16", InvalidInputError, "one of each stage; got 0"),
-        (
-            other,
-            "fp16",
-            ConfigurationError,
-            "neither image-to-video nor video-to-video, but 'text-to-speech'",
-        ),
+        (speech, "fp16", ConfigurationError, "neither image-to-video nor video-to-video, but 'text-to-sp"),
         (tmp_path / "none", "fp16", MissingFileError, "there is no such folder"),
         (first, "auto", InvalidInputError, "precision: got 'auto', allowed is one of fp16, bf16, fp32"),
+        (misfit, "fp16", CheckpointError, "1 missing keys ('out.2.bias')"),
+        (missing, "fp16", MissingFileError, f"{UNETS[ONE]}.pth"),
     ]:
         with pytest.raises(error) as caught:
             convert_folder(sources, tmp_path / "out", precision)

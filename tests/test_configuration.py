@@ -416,10 +416,14 @@ def test_what_is_no_ordinary_file_is_refused_at_once(tmp_path):
     path.unlink()
     path.symlink_to("/dev/zero")
     assert refusal_of(tmp_path) == f"{path}: is no configuration: it is not an ordinary file"
+    path.unlink()
+    path.mkdir()
+    assert refusal_of(tmp_path) == f"{path}: cannot be read: Is a directory"
 
 
 def test_missing_file_and_folder(tmp_path):
-    for folder, what in ((tmp_path, "file"), (tmp_path / "nowhere", "folder")):
+    (tmp_path / "file").touch()
+    for folder, what in ((tmp_path, "file"), (tmp_path / "nowhere", "folder"), (tmp_path / "file", "folder")):
         with pytest.raises(MissingFileError) as refusal:
             load_settings(folder, ONE)
         assert isinstance(refusal.value, FileNotFoundError)

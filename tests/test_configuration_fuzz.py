@@ -137,12 +137,3 @@ def test_files_made_to_hurt(tmp_path, contents, words):
     with pytest.raises(ConfigurationError) as refusal:
         load_settings(tmp_path, "image-to-video")
     assert words in str(refusal.value)
-
-
-def test_a_file_that_is_none(tmp_path):
-    (tmp_path / "configuration.json").mkdir()
-    with pytest.raises(ConfigurationError, match="configuration.json: cannot be read: Is a directory"):
-        load_settings(tmp_path, "image-to-video")
-    (tmp_path / "file").touch()
-    with pytest.raises(MissingFileError, match="file/configuration.json: there is no such folder"):
-        load_settings(tmp_path / "file", "image-to-video")

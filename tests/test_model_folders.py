@@ -11,13 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from modelscope.outputs import OutputKeys
 from modelscope.pipelines import pipeline
 from safetensors.torch import save_file
 from sample_videos import moving_frames
 
-from modelscope_i2v.errors import CheckpointError, MissingFileError
 from modelscope_i2v.media.video import read_video, write_video
 from modelscope_i2v.weights import open_checkpoint
 
@@ -74,14 +72,6 @@ def test_an_edited_file_takes_effect_and_is_logged(folder_of, picture, caplog, s
         assert words in line
 
 
-def test_seed_with_a_capital_letter(folder_of, picture):
-    folder = folder_of(model_args={"Seed": 4})
-    contents = json.loads((folder / "configuration.json").read_text(encoding="utf-8"))
-    del contents["model"]["model_cfg"]["seed"]
-    (folder / "configuration.json").write_text(json.dumps(contents), encoding="utf-8")
-    assert generate(folder, str(picture))["seed"] == 4
-
-
 def test_edited_prompts_take_effect(folder_of, small_model, clip):
     edited = folder_of(STAGES[1], model_cfg={"positive_prompt": ", a red boat", "negative_prompt": "fog"})
     plain, other = (
@@ -91,22 +81,12 @@ def test_edited_prompts_take_effect(folder_of, small_model, clip):
     assert plain[OutputKeys.OUTPUT_VIDEO] != other[OutputKeys.OUTPUT_VIDEO]
 
 
-def test_the_seed_alone_changes_the_video_and_nothing_gives_the_same_bytes(folder_of, small_model, picture):
-    plain, same, other = (
-        generate(folder, str(picture))[OutputKeys.OUTPUT_VIDEO]
-        for folder in (small_model[0], small_model[0], folder_of(model_cfg={"seed": 667}))
-    )
-    assert plain == same
-    assert read_video(plain).metadata["seed"] == "666" != read_video(other).metadata["seed"]
-    assert (read_video(plain).frames != read_video(other).frames).any()
-
-
 def test_a_call_goes_before_the_pipeline_and_that_before_the_file(folder_of, picture):
     folder = folder_of(model_cfg={"seed": 1, "steps": 1, "guide_scale": 4.0})
-    pipe = pipeline(STAGES[0], model=str(folder), device="cpu", seed=2, steps=2)
+    pipe = pipeline(STAGES[0], model=str(folder), device="cpu", seed=2, steps=2, resolution=[64, 64], fps=10)
     result = pipe(str(picture), seed=3)
     assert (result["seed"], result["steps"], result["guide_scale"]) == (3, 2, 4.0)
-    assert pipe(str(picture))["seed"] == 2
+    assert (result["resolution"], result["fps"], pipe(str(picture))["seed"]) == ((64, 64), 10, 2)
 
 
 @pytest.mark.slow
@@ -125,21 +105,6 @@ def test_safetensors_in_place_of_every_file(folder_of, small_model, picture, cli
     )
     frames = [read_video(video).frames for video in (converted, published)]
     assert (frames[0] == frames[1]).all()
-
-
-def test_missing_and_wrong_weights_are_named_before_anything_is_loaded(folder_of):
-    folder = folder_of()
-    unet = folder / "base_03_alldata_fps_v_80g_0789000.pth"
-    state = torch.load(unet)["state_dict"]
-    unet.rename(folder / "base_03_alldata_fps_v_80g_0789000(1).pth")
-    with pytest.raises(MissingFileError, match=r"base_03_alldata_fps_v_80g_0789000\(1\).pth"):
-        pipeline(STAGES[0], model=str(folder), device="cpu")
-    del state["out.2.bias"]
-    torch.save({"state_dict": {**state, "unknown.weight": torch.zeros(1)}}, unet)
-    with pytest.raises(
-        CheckpointError, match=r"1 missing keys \(.*out.2.bias.*1 additional keys \(.*unknown"
-    ):
-        pipeline(STAGES[0], model=str(folder), device="cpu")
 
 
 @pytest.mark.slow

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from PIL import Image
 
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError, MissingFileError
 from modelscope_i2v.media.preprocessing import to_frames
-from modelscope_i2v.media.video import read_metadata, read_video, video_bytes
+from modelscope_i2v.media.video import read_video, video_bytes
 from modelscope_i2v.samplers.ddim import sample_ddim
 from modelscope_i2v.samplers.dpmpp import BrownianNoise, sample_dpmpp_2m_sde
 from modelscope_i2v.samplers.guidance import denoiser, guided
@@ -47,7 +45,7 @@ def test_stage_one_writes_a_playable_file_of_what_the_model_computed(i2v, pictur
     assert np.array_equal(video.frames, read_video(video_bytes(expected)).frames)
 
 
-def test_stage_two_takes_stage_ones_file(v2v, clip, tmp_path):
+def test_stage_two_takes_stage_ones_file_alone_or_as_bytes_and_with_further_keys(v2v, clip, tmp_path):
     path = tmp_path / "v2v.mp4"
     result = v2v({"video_path": str(clip)}, output_video=str(path))
     assert result[OutputKeys.OUTPUT_VIDEO] == str(path)
@@ -55,6 +53,8 @@ def test_stage_two_takes_stage_ones_file(v2v, clip, tmp_path):
     assert video.frames.shape == (4, 80, 128, 3)
     expected = to_frames(v2v.model(v2v.preprocess({"video_path": str(clip)}))[0])
     assert np.array_equal(video.frames, read_video(video_bytes(expected)).frames)
+    for source in (str(clip), {"video_path": clip.read_bytes(), "scene": 7}):
+        assert bytes_of(v2v(source)) == path.read_bytes()
 
 
 @pytest.mark.parametrize("size", [(100, 60), (72, 136)])
@@ -116,27 +116,12 @@ def test_a_generator_gives_a_seed_that_reproduces_the_video(i2v, picture):
     assert bytes_of(i2v(str(picture), seed=first["seed"])) == bytes_of(first) == bytes_of(again)
 
 
-def test_global_random_states_are_left_alone(i2v, v2v, picture, clip):
-    before = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    i2v(str(picture), steps=1)
-    v2v({"video_path": str(clip)}, steps=1)
-    assert torch.equal(before[0], torch.random.get_rng_state())
-    assert np.array_equal(before[1], np.random.get_state()[1])
-    assert before[2] == random.getstate()
-
-
 def test_every_kind_of_image_gives_the_same_video(i2v, picture):
     image = Image.open(picture)
     bgr = np.asarray(image)[:, :, ::-1]
     sources = [str(picture), picture, image, np.ascontiguousarray(bgr), picture.read_bytes()]
     videos = [bytes_of(i2v(source)) for source in sources]
     assert all(video == videos[0] for video in videos)
-
-
-def test_a_video_may_be_given_alone_as_bytes_and_with_further_keys(v2v, clip):
-    expected = bytes_of(v2v({"video_path": str(clip)}))
-    assert bytes_of(v2v(str(clip))) == expected
-    assert bytes_of(v2v({"video_path": clip.read_bytes(), "scene": 7})) == expected
 
 
 def test_prompts_reach_stage_two(v2v, clip):
@@ -153,17 +138,6 @@ def test_prompts_reach_stage_two(v2v, clip):
     frames = [read_video(video).frames for video in (plain, with_text, other_negative)]
     assert not np.array_equal(frames[0], frames[1])
     assert not np.array_equal(frames[0], frames[2])
-
-
-def test_a_list_gives_what_single_calls_give(i2v, picture, tmp_path):
-    flipped = Image.open(picture).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    singles = [bytes_of(i2v(source)) for source in (str(picture), flipped)]
-    assert singles[0] != singles[1]
-    assert [bytes_of(result) for result in i2v([str(picture), flipped])] == singles
-    assert [bytes_of(result) for result in i2v([str(picture), flipped], batch_size=2)] == singles
-    paths = [str(tmp_path / "0.mp4"), str(tmp_path / "1.mp4")]
-    i2v([str(picture), flipped], output_video=paths)
-    assert [Path(path).read_bytes() for path in paths] == singles
 
 
 def test_a_batch_in_the_model_is_two_singles(i2v, picture):
@@ -272,22 +246,6 @@ def test_long_videos_go_through_in_windows(v2v, clip):
     assert not np.array_equal(whole, windowed) and not np.array_equal(chunked, windowed)
 
 
-def test_settings_as_keywords_of_the_pipeline(small_model, picture):
-    pipe = pipeline(
-        "image-to-video",
-        model=str(small_model[0]),
-        device="cpu",
-        seed=3,
-        resolution=[64, 64],
-        steps=1,
-        fps=10,
-    )
-    video = read_video(bytes_of(pipe(str(picture))))
-    assert video.frames.shape == (4, 64, 64, 3) and video.fps == 10
-    assert video.metadata["seed"] == "3"
-    assert read_video(bytes_of(pipe(str(picture), seed=4))).metadata["seed"] == "4"  # the call goes first
-
-
 def test_a_slip_in_the_pipelines_keywords_is_pointed_out(small_model, caplog):
     import logging
 
@@ -310,39 +268,10 @@ def test_callbacks_see_every_step(i2v, v2v, picture, clip):
 
 
 def test_a_bar_is_shown_only_where_asked_for(i2v, picture, capfd):
-    i2v(str(picture))
+    i2v(str(picture), steps=1)
     assert "%|" not in capfd.readouterr().err
-    i2v(str(picture), progress=True)
+    i2v(str(picture), steps=1, progress=True)
     assert "image-to-video: 100%|" in capfd.readouterr().err
-
-
-def test_a_line_says_what_was_done(i2v, picture, caplog):
-    import logging
-
-    logger = logging.getLogger("modelscope")
-    logger.addHandler(caplog.handler)
-    try:
-        i2v(str(picture), seed=9, steps=1)
-    finally:
-        logger.removeHandler(caplog.handler)
-    line = caplog.messages[-1]
-    for part in (
-        "seed 9",
-        "1 steps",
-        "4 frames of 128x64",
-        "fp32 on cpu",
-        "denoising",
-        "decoding",
-        "writing",
-    ):
-        assert part in line
-
-
-def test_the_files_metadata(i2v, picture, tmp_path):
-    path = i2v(str(picture), output_video=str(tmp_path / "video.mp4"), seed=12)[OutputKeys.OUTPUT_VIDEO]
-    metadata = read_metadata(path)
-    assert metadata["seed"] == "12" and metadata["resolution"] == "[128, 64]"
-    assert metadata["software"].startswith("modelscope_i2v ")
 
 
 @pytest.mark.parametrize(
@@ -350,22 +279,14 @@ def test_the_files_metadata(i2v, picture, tmp_path):
     [
         ({"step": 3}, "did you mean 'steps'"),
         ({"steps": 0}, "steps: got 0, allowed is a whole number from 1 to 1000"),
-        ({"seed": -1}, "seed: got -1"),
-        ({"seed": "x"}, "seed: got 'x'"),
-        ({"resolution": 64}, "resolution: got 64, allowed is \\[width, height\\]"),
-        ({"fps": 0}, "fps: got 0"),
         ({"text": "a boat"}, "no keyword 'text'"),
-        ({"generator": 3}, "generator: got 3, allowed is a torch.Generator"),
-        ({"callback": 3}, "callback: got 3"),
         ({"batch_size": 0}, "batch_size: got 0"),
-        ({"guide_scale": float("nan")}, "guide_scale: got nan"),
     ],
 )
-def test_refused_keywords(i2v, picture, tmp_path, keywords, message):
-    path = tmp_path / "video.mp4"
-    with pytest.raises(InvalidInputError, match=message):
-        i2v(str(picture), output_video=str(path), **keywords)
-    assert not list(tmp_path.iterdir())
+def test_refused_keywords(i2v, picture, keywords, message):
+    for source in (str(picture), [str(picture)]):
+        with pytest.raises(InvalidInputError, match=message):
+            i2v(source, **keywords)
 
 
 def test_refused_inputs(i2v, v2v, picture, tmp_path):
@@ -377,6 +298,8 @@ def test_refused_inputs(i2v, v2v, picture, tmp_path):
         v2v({"text": "a boat"})
     with pytest.raises(InvalidInputError, match="total_noise_levels: got 1000"):
         v2v({"video_path": str(picture), "total_noise_levels": 1000})
+    with pytest.raises(InvalidInputError, match="BytesIO"):
+        v2v({"video_path": io.BytesIO(b"x")})
     with pytest.raises(InvalidInputError, match="a list of 2 paths"):
         i2v([str(picture)] * 2, output_video=str(tmp_path / "video.mp4"))
     with pytest.raises(InvalidInputError, match=r"noise: must be \[1, 4, 4, 8, 16\], got \[1, 4, 4, 8, 8\]"):
@@ -399,23 +322,7 @@ def test_models_that_do_not_fit_the_task(small_model, i2v):
         pipeline("image-to-video", model=str(small_model[1]), device="cpu")
 
 
-def test_a_failed_call_leaves_the_pipeline_usable(i2v, picture):
-    expected = bytes_of(i2v(str(picture)))
-
-    def fail(step, t, latents):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        i2v(str(picture), callback=fail)
-    assert bytes_of(i2v(str(picture))) == expected
-
-
 def test_a_callback_may_call_another_pipeline(i2v, v2v, picture, clip):
     inner = []
     i2v(str(picture), steps=1, callback=lambda *step: inner.append(v2v(str(clip), steps=1)))
     assert bytes_of(inner[0]) == bytes_of(v2v(str(clip), steps=1))
-
-
-def test_video_from_an_open_buffer_is_refused_with_its_type(v2v):
-    with pytest.raises(InvalidInputError, match="BytesIO"):
-        v2v({"video_path": io.BytesIO(b"x")})

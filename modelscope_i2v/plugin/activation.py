@@ -1,4 +1,4 @@
-"""Waits for ModelScope, then puts this package behind its image-to-video and video-to-video tasks.
+"""Registration at the right moment: this package behind ModelScope's tasks as soon as that is loaded.
 
 :func:`activate` runs whenever ``modelscope_i2v`` is imported: by whoever uses it, or, where the package is
 installed, by the start-up hook (``_modelscope_i2v_autoload.py``) as soon as ``modelscope`` is imported. What
@@ -15,8 +15,9 @@ import importlib
 import os
 import sys
 import threading
+from importlib.machinery import PathFinder
 
-from modelscope_i2v.plugin import stock_modules
+from modelscope_i2v.plugin import registration, stock_modules
 
 TYPE_CHECKING = False  # typing's own, whose import would cost every start
 if TYPE_CHECKING:
@@ -27,8 +28,8 @@ HOOK_MODULE = "_modelscope_i2v_autoload"
 
 #: One of these is imported before any class is looked up.
 BUILDERS = ("modelscope.models.builder", "modelscope.preprocessors.builder")
-#: Each of these holds a table that the tasks are declared in.
-TABLES = ("modelscope.preprocessors.base", "modelscope.pipeline_inputs", "modelscope.outputs.outputs")
+#: After each of these there is something to register.
+AWAITED = (*BUILDERS, *(module for module, _ in registration.TABLES))
 
 
 def activate() -> None:
@@ -40,7 +41,7 @@ def activate() -> None:
 
 
 def activation_status() -> dict[str, str | None]:
-    """Say whether this package is active in this process, and by which way.
+    """Return whether this package is active in this process, and what made it so.
 
     Returns:
         ``state``: ``"registered"``, ``"waiting"`` (ModelScope is not loaded so far) or ``"failed"``;
@@ -49,14 +50,11 @@ def activation_status() -> dict[str, str | None]:
         ``error``: what went wrong, or None.
     """
     watch = getattr(sys.modules.get(HOOK_MODULE), "watch", None)
-    if os.environ.get(AUTOLOAD_VARIABLE) == "0":
-        start_up_hook = "off"
-    else:
-        start_up_hook = "not installed" if watch is None else "on"
+    installed = "not installed" if watch is None else "on"
     return {
         "state": _activation.state,
         "way": "start-up hook" if watch is not None and watch.fired else "import",
-        "start_up_hook": start_up_hook,
+        "start_up_hook": "off" if os.environ.get(AUTOLOAD_VARIABLE) == "0" else installed,
         "error": _activation.error,
     }
 
@@ -69,41 +67,29 @@ class _Activation:
         self.error: str | None = None
         self._lock = threading.Lock()
         self._awaited: set[str] = set()
-        self._started = False
 
     def start(self) -> None:
         """Register with what is loaded, and wait for the rest."""
         with self._lock:
-            if self._started:
+            if stock_modules.finder in sys.meta_path:
                 return
-            self._started = True
-            self._awaited.update(BUILDERS + TABLES)
+            self._awaited.update(AWAITED)
             sys.meta_path.insert(0, self)
             stock_modules.finder.start()
-        for name in BUILDERS + TABLES:
-            if _is_imported(name):
+        for name in AWAITED:
+            try:  # which waits for any thread that is in the middle of it
+                imported = name in sys.modules and importlib.import_module(name)
+            except Exception:  # for whoever began that import; begun anew, it is watched
+                imported = False
+            if imported:
                 self._loaded(name)
 
     def find_spec(self, name, path=None, target=None):
-        """Part of the import system's finder protocol: find what the other finders find, and watch it run."""
-        if name not in self._awaited:
-            return None
-        spec = None
-        try:
-            spec = self._spec_of_others(name, path, target)
-            if spec is not None:
-                self._watch(spec.loader, name)
-        except Exception as error:
-            self._fail(error)
+        """Find what Python's own finder finds, and watch it run: part of the import system's protocol."""
+        spec = PathFinder.find_spec(name, path, target) if name in self._awaited else None
+        if spec is not None:
+            self._watch(spec.loader, name)
         return spec
-
-    def _spec_of_others(self, name, path, target):
-        for finder in list(sys.meta_path):
-            if finder is not self and hasattr(finder, "find_spec"):
-                spec = finder.find_spec(name, path, target)
-                if spec is not None:
-                    return spec
-        return None
 
     def _watch(self, loader: Any, name: str) -> None:
         """Call :meth:`_loaded` after the loader has run the module.
@@ -126,42 +112,19 @@ class _Activation:
             self._awaited.discard(name)
             if not self._awaited and self in sys.meta_path:
                 sys.meta_path.remove(self)
-        self._register()
-
-    def _register(self) -> None:
         # Without the lock: registering imports, and imports have locks of their own.
         try:
-            from modelscope_i2v.plugin import registration
-
             if registration.register():
-                self.state = "registered"
-                self.error = None
+                self.state, self.error = "registered", None
             elif not self._awaited.issuperset(BUILDERS):
                 raise RuntimeError("this ModelScope's index of classes is in a place that is not known here")
-        except Exception as error:
-            self._fail(error)
+        except Exception as error:  # ModelScope must go on whatever happens here
+            import logging
 
-    def _fail(self, error: Exception) -> None:
-        # ModelScope must go on whatever happens here.
-        import logging
-
-        self.state = "failed"
-        self.error = f"{type(error).__name__}: {error}"
-        logging.getLogger(__name__).warning(
-            "modelscope_i2v could not be activated, ModelScope goes on without it: %s", self.error
-        )
-
-
-def _is_imported(name: str) -> bool:
-    """Whether a module has been imported, once any thread that is in the middle of it is through."""
-    if name not in sys.modules:
-        return False
-    try:
-        importlib.import_module(name)
-    except Exception:
-        # That error is for whoever began the import. Begun anew, it is watched.
-        return False
-    return True
+            self.state, self.error = "failed", f"{type(error).__name__}: {error}"
+            logging.getLogger(__name__).warning(
+                "modelscope_i2v could not be activated, ModelScope goes on without it: %s", self.error
+            )
 
 
 _activation = _Activation()

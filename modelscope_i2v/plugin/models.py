@@ -16,22 +16,14 @@ from ..engine.video_to_video import VideoToVideo
 from ..errors import InvalidInputError
 from ..settings.stages import SETTINGS_OF_STAGE
 from .preprocessors import PROMPT_KEYS
-from .registration import (
-    IMAGE_TO_VIDEO,
-    IMAGE_TO_VIDEO_MODEL,
-    VIDEO_TO_VIDEO,
-    VIDEO_TO_VIDEO_MODEL,
-    register_class,
-)
+from .registration import IMAGE_TO_VIDEO, MODEL_NAMES, VIDEO_TO_VIDEO, register_class
 
 
 class StageModel(TorchModel):
     """A stage of the engine as a ModelScope model.
 
     Attributes:
-        stage: the engine's.
-        generator, autoencoder, clip_encoder, diffusion, vid_trans, cfg, device: the stage's UNet,
-            autoencoder, CLIP tower, noise schedule, transform, settings and device, to read and to assign.
+        stage: the engine's. What ``stage_attributes`` names is its own, to read and to assign.
     """
 
     stage_class: ClassVar[type[Stage]]
@@ -48,10 +40,10 @@ class StageModel(TorchModel):
     }
 
     def __init__(self, model_dir: str, *args: Any, **kwargs: Any):
-        """Load a stage.
+        """Load the stage of a model folder.
 
         Args:
-            model_dir: the model folder.
+            model_dir: the folder.
             **kwargs: ``device`` as ModelScope names it, and settings that take precedence over the file's.
         """
         super().__init__(model_dir, *args, **kwargs)
@@ -72,8 +64,7 @@ class StageModel(TorchModel):
             super().__setattr__(name, value)
 
 
-@register_class(MODELS, IMAGE_TO_VIDEO, VIDEO_TO_VIDEO_MODEL)
-@register_class(MODELS, IMAGE_TO_VIDEO, IMAGE_TO_VIDEO_MODEL)
+@register_class(MODELS, IMAGE_TO_VIDEO, *MODEL_NAMES)
 class ImageToVideoModel(StageModel):
     """Stage one: a video whose content is an image's."""
 
@@ -96,8 +87,7 @@ class ImageToVideoModel(StageModel):
         return self.stage.decode(latents, request)
 
 
-@register_class(MODELS, VIDEO_TO_VIDEO, IMAGE_TO_VIDEO_MODEL)
-@register_class(MODELS, VIDEO_TO_VIDEO, VIDEO_TO_VIDEO_MODEL)
+@register_class(MODELS, VIDEO_TO_VIDEO, *MODEL_NAMES)
 class VideoToVideoModel(StageModel):
     """Stage two: a larger, sharper video of a video's content.
 
@@ -109,10 +99,8 @@ class VideoToVideoModel(StageModel):
     stage_class = VideoToVideo
     stage: VideoToVideo
     stage_attributes = {
-        **StageModel.stage_attributes,
-        "negative_y": "negative_y",
-        "positive_prompt": "positive_prompt",
-    }
+        **StageModel.stage_attributes, "negative_y": "negative_y", "positive_prompt": "positive_prompt",
+    }  # fmt: skip
 
     @torch.no_grad()
     def forward(self, inputs: Mapping[str, Any]) -> Tensor:

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import Any, Iterable
+from typing import Any, Iterable, NamedTuple
 
 from ..errors import InvalidInputError, describe
 from ..media.files import local_path
 from ..media.video import check_writable
 
 
-@dataclass(frozen=True)
-class Output:
-    """A file to write.
-
-    Attributes:
-        name: what the caller calls it, and gets back.
-        path: absolute, so that a callback may change the working directory.
-    """
+class Output(NamedTuple):
+    """A file to write: its name as the caller has it, and its path, which no change of folder changes."""
 
     name: str
     path: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from typing import Any, ClassVar, Iterable, Iterator, Mapping
 
 from modelscope.outputs import OutputKeys
@@ -23,24 +24,15 @@ from ..settings.request import Request
 from ..settings.rules import integer, nearest, optional
 from ..settings.stages import SETTINGS_OF_STAGE, loading_settings
 from .models import ImageToVideoModel, StageModel, VideoToVideoModel
-from .outputs import Output, resolve_outputs
+from .outputs import resolve_outputs
 from .preprocessors import PROMPT_KEYS, ImageToVideoPreprocessor, VideoToVideoPreprocessor, split_prompts
-from .registration import (
-    IMAGE_TO_VIDEO,
-    IMAGE_TO_VIDEO_PIPELINE,
-    VIDEO_TO_VIDEO,
-    VIDEO_TO_VIDEO_PIPELINE,
-    register_class,
-)
+from .registration import IMAGE_TO_VIDEO, PIPELINE_NAMES, VIDEO_TO_VIDEO, register_class
 
 logger = get_logger()
 
-#: Settings that concern how a stage is loaded.
-_LOADING = tuple(loading_settings())
-
 
 class StagePipeline(Pipeline):
-    """What both stages' pipelines have in common.
+    """A pipeline of one stage: ModelScope's call as the engine's, and the engine's video as a file.
 
     ModelScope's service reads the methods' signatures from the source of a subclass: what stands there has no
     keyword-only parameters, and no parameter beyond the input that a client may not give.
@@ -86,8 +78,8 @@ class StagePipeline(Pipeline):
             preprocessor = self.preprocessor_class(transform=model.vid_trans)
         super().__init__(model=model, preprocessor=preprocessor, device=device, auto_collate=False, **kwargs)
         self._model_prepare = True  # the model is where it shall be; its parts may be moved by hand
-        self.chunk_size: int | None = None
-        self.overlap_size: int | None = None
+        self.chunk_size: int | None = self._defaults.pop("chunk_size", None)
+        self.overlap_size: int | None = self._defaults.pop("overlap_size", None)
 
     def __call__(self, input: Any, *args: Any, **keywords: Any) -> dict[str, Any] | list[dict[str, Any]]:
         """Generate a video, or a list of videos from a list of inputs.
@@ -103,22 +95,27 @@ class StagePipeline(Pipeline):
             For each input a dict: ``OutputKeys.OUTPUT_VIDEO`` is the path, or the file's bytes; beside it how
             the video was made, under the names of ``modelscope_i2v.settings.record.record``.
         """
-        _drop_batch_size(keywords)
-        inputs = _several(input)
-        if inputs is None:
-            return super().__call__(input, *args, **keywords)
-        outputs = resolve_outputs(_names("output_video", keywords.pop("output_video", None), len(inputs)))
+        several = isinstance(input, (list, tuple, Iterator)) and not isinstance(input, io.IOBase)
+        inputs = list(input) if several else [input]
+        batch_size = keywords.pop("batch_size", None)
+        optional(integer(1, 1024)).check("batch_size", batch_size, InvalidInputError)
+        for keyword in ("output_video", "keep_first"):
+            if keyword in keywords:
+                keywords[keyword] = _names(keyword, keywords[keyword], len(inputs) if several else None)
+        results = self._generate_all(inputs, *args, **keywords)
+        return results if several else results[0]
+
+    def _generate_all(self, inputs: list[Any], *args: Any, **keywords: Any) -> list[dict[str, Any]]:
+        """Return the results of inputs; ``output_video`` has as many names."""
+        outputs = resolve_outputs(keywords.pop("output_video", None) or [None] * len(inputs))
         self._sanitize_parameters(**keywords)  # before the first is generated
-        return [
-            super(StagePipeline, self).__call__(item, *args, output_video=output, **keywords)
-            for item, output in zip(inputs, outputs)
-        ]
+        call = super().__call__
+        return [call(item, *args, output_video=output, **keywords) for item, output in zip(inputs, outputs)]
 
     def _sanitize_parameters(self, output_video: Any = None, **keywords: Any) -> tuple[dict, dict, dict]:
         """Return the parameters of the three steps below, checked before any work."""
         checked = check_keywords(self.model_class.stage_class.name, keywords)
-        [output] = resolve_outputs([output_video])
-        return checked, {}, {"output_video": output}
+        return checked, {}, {"output_video": resolve_outputs([output_video])[0]}
 
     def _check_input(self, input: Any) -> None:
         """Left to the preprocessor, which takes more kinds of input than ModelScope can declare."""
@@ -126,7 +123,6 @@ class StagePipeline(Pipeline):
     def _with_defaults(self, keywords: Mapping[str, Any]) -> dict[str, Any]:
         """Return a call's keywords over ``chunk_size`` and ``overlap_size`` over the pipeline's own."""
         windows = {"chunk_size": self.chunk_size, "overlap_size": self.overlap_size}
-        windows = check_keywords(self.model_class.stage_class.name, windows)  # without those that are None
         return {**self._defaults, **windows, **keywords}
 
     def _resolve(self, keywords: Mapping[str, Any]) -> tuple[Request, Progress]:
@@ -148,40 +144,25 @@ class StagePipeline(Pipeline):
     def postprocess(self, inputs: GeneratedVideo, output_video: Any = None) -> dict[str, Any]:
         """Write a generated video to ``output_video``, or make its file's bytes."""
         [output] = resolve_outputs([output_video])
-        return self._result(inputs, output)
-
-    def _result(self, video: GeneratedVideo, output: Output | None) -> dict[str, Any]:
         progress = Progress()
         with progress.phase("writing"):
-            if output is None:
-                file: str | bytes = video.to_bytes()
-            else:
-                video.save(output.path)
-                file = output.name
-        progress.seconds = {**video.seconds, **progress.seconds}
-        count, height, width, _ = video.frames.shape
-        record, device = video.record, device_of(self.model.generator)
+            file = inputs.to_bytes() if output is None else inputs.save(output.path)
+        progress.seconds = {**inputs.seconds, **progress.seconds}
+        count, height, width, _ = inputs.frames.shape
+        record, device = inputs.record, device_of(self.model.generator)
         logger.info(
             f"{record['stage']}: seed {record['seed']}, {record['steps']} steps, {count} frames of "
             f"{width}x{height}, {record['precision']} on {device}, {record['mode']}: {progress}"
         )
-        return {OutputKeys.OUTPUT_VIDEO: file, **record}
+        return {OutputKeys.OUTPUT_VIDEO: file if output is None else output.name, **record}
 
 
-def _drop_batch_size(keywords: dict[str, Any]) -> None:
-    optional(integer(1, 1024)).check("batch_size", keywords.pop("batch_size", None), InvalidInputError)
-
-
-def _several(input: Any) -> list[Any] | None:
-    """Return the inputs of a list, a tuple or an iterator, None for one input."""
-    several = isinstance(input, (list, tuple, Iterator)) and not isinstance(input, io.IOBase)
-    return list(input) if several else None
-
-
-def _names(keyword: str, names: Any, count: int) -> list[Any]:
-    """Return the names of so many files."""
-    if names is None:
-        return [None] * count
+def _names(keyword: str, names: Any, count: int | None) -> Any:
+    """Return as many names as there are inputs, None for one that is no list; flags as they are."""
+    if names is None or (keyword == "keep_first" and isinstance(names, bool)):
+        return names
+    if count is None:
+        return [names]
     if not isinstance(names, (list, tuple)) or len(names) != count:
         allowed = "True or " if keyword == "keep_first" else ""
         raise InvalidInputError(
@@ -191,10 +172,19 @@ def _names(keyword: str, names: Any, count: int) -> list[Any]:
     return list(names)
 
 
-@register_class(PIPELINES, IMAGE_TO_VIDEO, VIDEO_TO_VIDEO_PIPELINE)
-@register_class(PIPELINES, IMAGE_TO_VIDEO, IMAGE_TO_VIDEO_PIPELINE)
+@register_class(PIPELINES, IMAGE_TO_VIDEO, *PIPELINE_NAMES)
 class ImageToVideoPipeline(StagePipeline):
     """Stage one: an image (path, URL, bytes, PIL image or BGR array) to a video of its content.
+
+    A call also takes:
+
+    ``refine``: whether the result is stage two's video of stage one's frames. Keywords that only stage two
+    has, such as ``text``, then go to it, and any of its own with ``refine_`` before the name
+    (``refine_steps``, ``refine_resolution``, ...); ``seed`` and the others go to stage one, and ``seed``,
+    ``fps``, ``callback``, ``progress`` and ``generator`` to both.
+
+    ``keep_first``: with ``refine``, stage one's video too: True for a file beside the output, named
+    ``*.i2v.mp4``, or a path (for several inputs, a list of as many); returned as ``first_video``.
 
     Example::
 
@@ -206,7 +196,7 @@ class ImageToVideoPipeline(StagePipeline):
     preprocessor_class = ImageToVideoPreprocessor
 
     def __init__(self, model: str | ImageToVideoModel, *args: Any, refine: str | bool = False, **kwargs: Any):
-        """As of ``StagePipeline``.
+        """Build the pipeline as ``StagePipeline`` does.
 
         Args:
             refine: stage two's model, for calls with ``refine=True``: a folder or an id on the hub. By
@@ -214,32 +204,35 @@ class ImageToVideoPipeline(StagePipeline):
         """
         self._second_stage_model = refine
         # Stage two is loaded with what concerns loading; the rest is each call's to say.
-        self._second_stage_settings = {key: kwargs[key] for key in _LOADING if key in kwargs}
+        self._second_stage_settings = {key: kwargs[key] for key in loading_settings() if key in kwargs}
         self._second_stage: VideoToVideoPipeline | None = None
+        self._loading = threading.Lock()
         super().__init__(model, *args, **kwargs)
         if refine:
-            self._second_stage = self._load_second_stage()
+            self._load_second_stage()
 
-    def __call__(self, input: Any, *args: Any, **keywords: Any) -> dict[str, Any] | list[dict[str, Any]]:
-        """Do as ``StagePipeline`` does; with ``refine``, both stages.
-
-        Args:
-            refine: whether the result is stage two's video of stage one's frames. Keywords that only stage
-                two has, such as ``text``, then go to it, and any of its own with ``refine_`` before the name
-                (``refine_steps``, ``refine_resolution``, ...); ``seed`` and the others go to stage one, and
-                ``seed``, ``fps``, ``callback``, ``progress`` and ``generator`` to both.
-            keep_first: with ``refine``, stage one's video too: True for a file beside the output, named
-                ``*.i2v.mp4``, or a path (for several inputs, a list of as many); returned as ``first_video``.
-        """
+    def _generate_all(self, inputs: list[Any], *args: Any, **keywords: Any) -> list[dict[str, Any]]:
         refine, keep_first = keywords.pop("refine", False), keywords.pop("keep_first", None)
         if not refine:
-            return super().__call__(input, *args, **keywords)
-        _drop_batch_size(keywords)
-        inputs, names = _several(input), keywords.pop("output_video", None)
-        if inputs is None:
-            first_names = keep_first if keep_first in (None, True, False) else [keep_first]
-            return self._refined([input], [names], first_names, keywords)[0]
-        return self._refined(inputs, _names("output_video", names, len(inputs)), keep_first, keywords)
+            return super()._generate_all(inputs, *args, **keywords)
+        names = keywords.pop("output_video", None) or [None] * len(inputs)
+        first_names = keep_first or [None] * len(inputs)
+        if keep_first is True:
+            first_names = [name and os.path.splitext(local_path(name))[0] + ".i2v.mp4" for name in names]
+        outputs = resolve_outputs([*names, *first_names])
+        first_keywords, second_keywords = split_keywords(keywords)
+        second = self._load_second_stage()
+        # Before any work, and without a draw from a generator, which stage one comes first to.
+        for pipe, given in ((self, first_keywords), (second, second_keywords)):
+            pipe._resolve({**given, "generator": None})
+        results: list[dict[str, Any]] = []
+        for input, output, first_output in zip(inputs, outputs, outputs[len(inputs) :]):
+            video = self.generate(input, **first_keywords)
+            kept = self.postprocess(video, first_output) if keep_first is True or first_output else None
+            results += second._generate_all([video], output_video=[output], **second_keywords)
+            if kept is not None:
+                results[-1]["first_video"] = kept[OutputKeys.OUTPUT_VIDEO]
+        return results
 
     def preview(
         self, input: Any, seeds: Iterable[int], output_folder: Any = None, **keywords: Any
@@ -258,11 +251,10 @@ class ImageToVideoPipeline(StagePipeline):
         folder = None if output_folder is None else os.path.join(os.getcwd(), local_path(output_folder))
         seeds, stage = list(seeds), self.model.stage
         videos, sheet = generate_previews(stage, input, seeds, folder, **self._with_defaults(keywords))
-        outputs = [
-            video.to_bytes() if folder is None else os.path.join(folder, f"seed_{seed}.mp4")
-            for seed, video in zip(seeds, videos)
-        ]
-        results = [{OutputKeys.OUTPUT_VIDEO: o, **v.record} for o, v in zip(outputs, videos)]
+        results = []
+        for seed, video in zip(seeds, videos):
+            file = video.to_bytes() if folder is None else os.path.join(folder, f"seed_{seed}.mp4")
+            results.append({OutputKeys.OUTPUT_VIDEO: file, **video.record})
         return {"videos": results, "contact_sheet": sheet}
 
     def generate(self, input: Any, **keywords: Any) -> GeneratedVideo:
@@ -278,49 +270,25 @@ class ImageToVideoPipeline(StagePipeline):
     def _generate(self, inputs: Mapping[str, Any]) -> GeneratedVideo:
         return self.model.stage.generate(inputs["vit_frame"], inputs["request"], inputs["progress"])
 
-    def _refined(
-        self, inputs: list[Any], names: list[Any], keep_first: Any, keywords: Mapping[str, Any]
-    ) -> list[dict[str, Any]]:
-        """Return stage two's videos of the inputs; ``keep_first`` is true, false or as many names."""
-        if keep_first is True:
-            first_names = [name and os.path.splitext(local_path(name))[0] + ".i2v.mp4" for name in names]
-        else:
-            first_names = _names("keep_first", keep_first or None, len(inputs))
-        outputs = resolve_outputs([*names, *first_names])
-        first_keywords, second_keywords = split_keywords(keywords)
-        if self._second_stage is None:
-            self._second_stage = self._load_second_stage()
-        # Before any work.
-        self._sanitize_parameters(**first_keywords)
-        self._second_stage._sanitize_parameters(**second_keywords)
-        self._second_stage._resolve({**second_keywords, "generator": None})  # which a request would draw from
-        results = []
-        for input, output, first_output in zip(inputs, outputs, outputs[len(inputs) :]):
-            video = self.generate(input, **first_keywords)
-            kept = self._result(video, first_output) if keep_first is True or first_output else {}
-            result: Any = self._second_stage(video, output_video=output, **second_keywords)
-            if kept:
-                result["first_video"] = kept[OutputKeys.OUTPUT_VIDEO]
-            results.append(result)
-        return results
-
     def _load_second_stage(self) -> VideoToVideoPipeline:
-        options = {"device": self.device_name, **self._second_stage_settings}
-        if isinstance(self._second_stage_model, str):
-            second = pipeline(VIDEO_TO_VIDEO, model=self._second_stage_model, **options)
-        elif describes_second_stage(self.model.model_dir):
-            second = VideoToVideoPipeline(self.model.model_dir, **options)
-        else:
-            raise ConfigurationError(
-                f"refine: {self.model.model_dir} describes no second stage; give its folder or its id on the "
-                "hub: pipeline('image-to-video', ..., refine='damo/Video-to-Video')"
-            )
-        second.model.stage.share_autoencoder(self.model.stage)
-        return second
+        """Return stage two's pipeline, loaded by the first call that needs it."""
+        with self._loading:
+            if self._second_stage is None:
+                options = {"device": self.device_name, **self._second_stage_settings}
+                if isinstance(self._second_stage_model, str):
+                    second = pipeline(VIDEO_TO_VIDEO, model=self._second_stage_model, **options)
+                elif describes_second_stage(self.model.model_dir):
+                    second = VideoToVideoPipeline(self.model.model_dir, **options)
+                else:
+                    words = "describes no second stage; give its folder or its id on the hub"
+                    example = "pipeline('image-to-video', ..., refine='damo/Video-to-Video')"
+                    raise ConfigurationError(f"refine: {self.model.model_dir} {words}: {example}")
+                second.model.stage.share_autoencoder(self.model.stage)
+                self._second_stage = second
+            return self._second_stage
 
 
-@register_class(PIPELINES, VIDEO_TO_VIDEO, IMAGE_TO_VIDEO_PIPELINE)
-@register_class(PIPELINES, VIDEO_TO_VIDEO, VIDEO_TO_VIDEO_PIPELINE)
+@register_class(PIPELINES, VIDEO_TO_VIDEO, *PIPELINE_NAMES)
 class VideoToVideoPipeline(StagePipeline):
     """Stage two: a video and, if wanted, a text, to a larger, sharper video.
 
@@ -337,7 +305,7 @@ class VideoToVideoPipeline(StagePipeline):
     preprocessor_class = VideoToVideoPreprocessor
 
     def _sanitize_parameters(self, output_video: Any = None, **keywords: Any) -> tuple[dict, dict, dict]:
-        """As of ``StagePipeline``; a call's frames are read only as they are encoded."""
+        """Return the parameters as ``StagePipeline`` does; frames are then read only as they are encoded."""
         for_preprocess, for_forward, for_postprocess = super()._sanitize_parameters(output_video, **keywords)
         return {**for_preprocess, "streamed": True}, for_forward, for_postprocess
 

@@ -12,20 +12,13 @@ from ..errors import InvalidInputError, describe
 from ..media.images import open_image
 from ..media.preprocessing import ClipImageTransform, VideoTransform
 from ..media.video import Video, read_video
-from .registration import (
-    IMAGE_TO_VIDEO,
-    IMAGE_TO_VIDEO_PREPROCESSOR,
-    PREPROCESSOR_GROUP,
-    VIDEO_TO_VIDEO,
-    VIDEO_TO_VIDEO_PREPROCESSOR,
-    register_class,
-)
+from .registration import IMAGE_TO_VIDEO, PREPROCESSOR_GROUP, VIDEO_TO_VIDEO, register_class
 
 #: What stage two's input may hold beside the video; further keys are left alone.
 PROMPT_KEYS = ("text", "positive_prompt", "negative_prompt", "total_noise_levels")
 
 
-@register_class(PREPROCESSORS, PREPROCESSOR_GROUP, IMAGE_TO_VIDEO_PREPROCESSOR)
+@register_class(PREPROCESSORS, PREPROCESSOR_GROUP, "image-to-video-preprocessor")
 class ImageToVideoPreprocessor(Preprocessor):
     """An image (path, URL, bytes, PIL image, or BGR array) to stage one's ``vit_frame`` [1, 3, 224, 224].
 
@@ -40,7 +33,7 @@ class ImageToVideoPreprocessor(Preprocessor):
         return {"vit_frame": self.transform(open_image(_entry(data, "image", IMAGE_TO_VIDEO)))[None]}
 
 
-@register_class(PREPROCESSORS, PREPROCESSOR_GROUP, VIDEO_TO_VIDEO_PREPROCESSOR)
+@register_class(PREPROCESSORS, PREPROCESSOR_GROUP, "video-to-video-preprocessor")
 class VideoToVideoPreprocessor(Preprocessor):
     """A video (path, URL, bytes, or ``Video``) to stage two's ``video_data`` [F, 3, H, W] in [-1, 1].
 
@@ -70,11 +63,7 @@ def split_prompts(data: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _entry(data: Any, key: str, stage: str) -> Any:
-    """Return the entry of a mapping, and anything else as it is.
-
-    Raises:
-        InvalidInputError: for a mapping without the key.
-    """
+    """Return the entry of a mapping, and anything else as it is."""
     if not isinstance(data, Mapping):
         return data
     if key not in data:

@@ -15,83 +15,57 @@ import sys
 
 TYPE_CHECKING = False  # typing's own, whose import would cost every start
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Callable
 
-IMAGE_TO_VIDEO = "image-to-video"
-VIDEO_TO_VIDEO = "video-to-video"
-
-IMAGE_TO_VIDEO_MODEL = "image-to-video-model"
-VIDEO_TO_VIDEO_MODEL = "video-to-video-model"
-IMAGE_TO_VIDEO_PIPELINE = "image-to-video-task-pipeline"
-VIDEO_TO_VIDEO_PIPELINE = "video-to-video-pipeline"
-IMAGE_TO_VIDEO_PREPROCESSOR = "image-to-video-preprocessor"
-VIDEO_TO_VIDEO_PREPROCESSOR = "video-to-video-preprocessor"
+IMAGE_TO_VIDEO, VIDEO_TO_VIDEO = TASKS = ("image-to-video", "video-to-video")
+#: A class is registered under both tasks' names: a folder that holds both stages names one type, whichever
+#: task it is asked for; and one that holds only the other stage shall say so.
+MODEL_NAMES = ("image-to-video-model", "video-to-video-model")
+PIPELINE_NAMES = ("image-to-video-task-pipeline", "video-to-video-pipeline")
 
 #: Preprocessors are grouped by field, not by task; this is the field that ModelScope files both tasks under.
 PREPROCESSOR_GROUP = "multi-modal"
 
-_MODELS_MODULE = "modelscope_i2v.plugin.models"
-_PIPELINES_MODULE = "modelscope_i2v.plugin.pipelines"
-_PREPROCESSORS_MODULE = "modelscope_i2v.plugin.preprocessors"
-
+#: Keys of ModelScope's index, and the module in which each has its class.
 INDEX_ENTRIES = {
-    ("MODELS", IMAGE_TO_VIDEO, IMAGE_TO_VIDEO_MODEL): _MODELS_MODULE,
-    ("MODELS", VIDEO_TO_VIDEO, VIDEO_TO_VIDEO_MODEL): _MODELS_MODULE,
-    ("PIPELINES", IMAGE_TO_VIDEO, IMAGE_TO_VIDEO_PIPELINE): _PIPELINES_MODULE,
-    ("PIPELINES", VIDEO_TO_VIDEO, VIDEO_TO_VIDEO_PIPELINE): _PIPELINES_MODULE,
-    # A folder that holds both stages names one type, whichever task it is asked for; and one that holds only
-    # the other stage shall say so.
-    ("MODELS", IMAGE_TO_VIDEO, VIDEO_TO_VIDEO_MODEL): _MODELS_MODULE,
-    ("MODELS", VIDEO_TO_VIDEO, IMAGE_TO_VIDEO_MODEL): _MODELS_MODULE,
-    ("PIPELINES", IMAGE_TO_VIDEO, VIDEO_TO_VIDEO_PIPELINE): _PIPELINES_MODULE,
-    ("PIPELINES", VIDEO_TO_VIDEO, IMAGE_TO_VIDEO_PIPELINE): _PIPELINES_MODULE,
-    ("PREPROCESSORS", PREPROCESSOR_GROUP, IMAGE_TO_VIDEO_PREPROCESSOR): _PREPROCESSORS_MODULE,
-    ("PREPROCESSORS", PREPROCESSOR_GROUP, VIDEO_TO_VIDEO_PREPROCESSOR): _PREPROCESSORS_MODULE,
+    **{("MODELS", task, name): "models" for task in TASKS for name in MODEL_NAMES},
+    **{("PIPELINES", task, name): "pipelines" for task in TASKS for name in PIPELINE_NAMES},
+    **{("PREPROCESSORS", PREPROCESSOR_GROUP, f"{task}-preprocessor"): "preprocessors" for task in TASKS},
 }
-
-# The values are ModelScope's own words for input types and output keys (InputType, OutputKeys). Spelt out,
-# because importing the modules that define them would import torch.
-_TASK_INPUTS = {
-    IMAGE_TO_VIDEO: "image",
-    VIDEO_TO_VIDEO: {
-        "video_path": "video",
-        "text": "text",
-        "positive_prompt": "text",
-        "negative_prompt": "text",
-        "total_noise_levels": "number",
+#: ModelScope's tables of what tasks take and give, with ours, by (module, table). The values are
+#: ModelScope's own words (InputType, OutputKeys), spelt out, as importing their modules would import torch.
+TABLES: dict[tuple[str, str], dict] = {
+    ("modelscope.pipeline_inputs", "TASK_INPUTS"): {
+        IMAGE_TO_VIDEO: "image",
+        VIDEO_TO_VIDEO: {
+            "video_path": "video",
+            **dict.fromkeys(("text", "positive_prompt", "negative_prompt"), "text"),
+            "total_noise_levels": "number",
+        },
+    },
+    ("modelscope.outputs.outputs", "TASK_OUTPUTS"): {task: ["output_video"] for task in TASKS},
+    ("modelscope.preprocessors.base", "PREPROCESSOR_MAP"): {
+        (f"{task}-model", task): f"{task}-preprocessor" for task in TASKS
     },
 }
-_TASK_OUTPUTS = {
-    IMAGE_TO_VIDEO: ["output_video"],
-    VIDEO_TO_VIDEO: ["output_video"],
-}
-_PREPROCESSOR_MAP = {
-    (IMAGE_TO_VIDEO_MODEL, IMAGE_TO_VIDEO): IMAGE_TO_VIDEO_PREPROCESSOR,
-    (VIDEO_TO_VIDEO_MODEL, VIDEO_TO_VIDEO): VIDEO_TO_VIDEO_PREPROCESSOR,
-}
-
-_DECLARATIONS = (
-    ("modelscope.pipeline_inputs", "TASK_INPUTS", _TASK_INPUTS),
-    ("modelscope.outputs.outputs", "TASK_OUTPUTS", _TASK_OUTPUTS),
-    ("modelscope.preprocessors.base", "PREPROCESSOR_MAP", _PREPROCESSOR_MAP),
-)
 
 
-def register_class(registry: Any, group: str, name: str) -> Any:
+def register_class(registry: Any, group: str, *names: str) -> Callable[[type], type]:
     """Return the class decorator with which every class of ours enters one of ModelScope's registries.
 
     Args:
         registry: ``MODELS``, ``PIPELINES`` or ``PREPROCESSORS`` of ModelScope.
         group: the task, or :data:`PREPROCESSOR_GROUP`.
-        name: the name within the group.
-
-    Example::
-
-        @register_class(MODELS, IMAGE_TO_VIDEO, IMAGE_TO_VIDEO_MODEL)
-        class ImageToVideoModel(TorchModel): ...
+        names: within the group.
     """
-    # force: a class that ModelScope ships under this name may have been imported, and registered, before.
-    return registry.register_module(group, module_name=name, force=True)
+
+    def decorate(each: type) -> type:
+        for name in names:
+            # force: a class that ModelScope ships under this name may have been registered before.
+            registry.register_module(group, module_name=name, force=True)(each)
+        return each
+
+    return decorate
 
 
 def register() -> bool:
@@ -102,42 +76,18 @@ def register() -> bool:
     Returns:
         Whether the index points to this package now.
     """
-    declare_tasks()
-    return repoint_index()
-
-
-def declare_tasks() -> None:
-    """Tell ModelScope what the tasks take and give, and which preprocessor belongs to them.
-
-    Ends its warnings that definitions are missing. A module that is not loaded is not touched.
-    """
-    for module_name, attribute, entries in _DECLARATIONS:
-        # The attribute is missing while another thread is still importing the module.
-        table = getattr(sys.modules.get(module_name), attribute, None)
-        if table is not None:
-            table.update(entries)
-
-
-def repoint_index() -> bool:
-    """Make ModelScope's lazy index name this package's modules.
-
-    Returns:
-        False if the class that holds the index is not there, else True.
-    """
+    for (module, table), entries in TABLES.items():
+        # The table is missing while another thread is still importing the module.
+        getattr(sys.modules.get(module), table, {}).update(entries)
     lazy_module = getattr(sys.modules.get("modelscope.utils.import_utils"), "LazyImportModule", None)
     if lazy_module is None:
         return False
-    index = _lazy_index(lazy_module)
+    # ModelScope before 1.30 has the attribute, and no method.
+    get_ast_index = getattr(lazy_module, "get_ast_index", lambda: lazy_module.AST_INDEX)
+    index = get_ast_index()["index"]
     for key, module in INDEX_ENTRIES.items():
         # A new entry, not a changed one: the index holds some entries under two keys. The other fields stay
         # as they are, where there are any; they are read only when ModelScope rebuilds the index.
-        index[key] = {"filepath": "", "imports": [], **index.get(key, {}), "module": module}
+        entry = {"filepath": "", "imports": [], **index.get(key, {})}
+        index[key] = {**entry, "module": f"modelscope_i2v.plugin.{module}"}
     return True
-
-
-def _lazy_index(lazy_module: Any) -> dict:
-    """The dictionary from (registry, group, name) to module that ModelScope looks classes up in."""
-    get_ast_index = getattr(lazy_module, "get_ast_index", None)
-    # ModelScope before 1.30 has the attribute, and no method.
-    ast_index = lazy_module.AST_INDEX if get_ast_index is None else get_ast_index()
-    return ast_index["index"]

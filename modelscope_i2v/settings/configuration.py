@@ -1,6 +1,6 @@
 """A model folder's ``configuration.json``, read into one typed and checked object.
 
-Settings check themselves when they are assigned, architectures when they are made; what is here finds them.
+Settings check the values that they are assigned, architectures those that they are made of.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def section_of(contents: Mapping[str, Any], stage: str) -> str:
 def load_settings(
     folder: str | Path, stage: str, overrides: Mapping[str, Any] | None = None
 ) -> StageSettings:
-    """Return the settings of one stage: the file's, over the reference values, under the keywords'.
+    """Return the settings of one stage: overrides go before the file, and that before reference values.
 
     Args:
         folder: the model folder.
@@ -151,7 +151,7 @@ def _parse(entries: dict[str, Any], settings: StageSettings, path: Path) -> Stag
 
 
 def _section(name: str, entries: Any, default: Any, path: Path) -> dict[str, Any]:
-    """Return what an architecture's section says of the architecture's fields."""
+    """Return the entries of an architecture's section by the architecture's fields."""
     entries = _object({name: entries}, name)
     if name == "auto_encoder":
         entries = {**_object(entries, "ddconfig"), **entries}
@@ -165,7 +165,7 @@ def _section(name: str, entries: Any, default: Any, path: Path) -> dict[str, Any
 
 
 def _check_parts_fit(settings: StageSettings) -> None:
-    """Refuse parts that hand each other what is not of one size."""
+    """Refuse networks whose outputs and inputs are not of one size."""
     unet, clip = settings.unet, settings.clip
     embedding = clip.embed_dim if unet.image_conditioned else clip.text_width
     pairs = (

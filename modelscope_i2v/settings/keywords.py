@@ -1,4 +1,4 @@
-"""The keywords of a call, of one stage or of both: checked, sorted by stage, and unknown ones decided on."""
+"""The keywords of a call, of one stage or of both: checked, sorted by stage, and refused where unknown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def keywords_of(stage: str) -> dict[str, Setting]:
 
 
 def check_keywords(stage: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a call of one stage gives, by the settings' names, each in its proper type.
+    """Return the keywords of a call of one stage, by the settings' names, each in its proper type.
 
     None counts as not given. An unknown keyword that resembles none is ignored with a warning.
 
@@ -40,7 +40,7 @@ def check_keywords(stage: str, keywords: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def split_keywords(keywords: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a call of both stages gives to stage one and to stage two, checked like one stage's.
+    """Return the keywords of a call of both stages, those for stage one and those for stage two, checked.
 
     What both stages know goes to stage one, unless ``refine_`` stands before it; what is declared as
     for both (``seed``, ``fps``, ...) goes to both.
@@ -74,7 +74,7 @@ def split_settings(settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[st
 def _checked(
     keywords: Mapping[str, Any], known: Mapping[str, tuple[str, Setting]]
 ) -> dict[str, dict[str, Any]]:
-    """Return the settings that keywords give, by stage, of the keywords that such a call may have."""
+    """Return values by stage and setting; ``known`` has the stage and the declaration of each keyword."""
     checked: dict[str, dict[str, Any]] = {stage: {} for stage, _ in known.values()}
     # Those with the prefix go before the same ones without it, whichever come first in the call.
     for keyword in sorted(keywords, key=lambda keyword: keyword.startswith(REFINE_PREFIX)):
@@ -109,7 +109,7 @@ def _decide_on_unknown(keyword: str, known: dict[str, str]) -> None:
 
 
 def _where_known(keyword: str, stages: list[str]) -> str:
-    """Return what else a name is that is no keyword of this call; empty if it is nothing."""
+    """Return in words what else knows a name that is no keyword of this call; empty if nothing does."""
     for stage, settings in SETTINGS_OF_STAGE.items():
         if keyword in keywords_of(stage):
             return f"{stage} has it"

@@ -27,7 +27,7 @@ def configuration_sha256(model_dir: str | Path) -> str:
 
 
 def record(request: Request, model_dir: str | Path, configuration: str, precision: str) -> dict[str, Any]:
-    """Return what a video's file says of how it was made, by name: enough to make it again.
+    """Return the record of a generation, by name: enough to make its video again.
 
     Besides the request's keywords: ``stage``, ``model`` (the folder's name), ``configuration_sha256`` of
     its file, given as ``configuration``, ``precision``, ``mode`` (``exact``, or what was approximated) and

@@ -1,4 +1,4 @@
-"""One generation's request: what the settings say, under what the call's keywords say."""
+"""The request of one generation: a call's keywords over the model's settings."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .keywords import check_keywords
 from .rules import choice, unique_keys
 from .stages import SETTINGS_OF_STAGE, Setting, StageSettings, call_settings
 
-#: By solver, of stage two or of stage one.
+#: Steps by solver, of stage two or of stage one.
 _REFERENCE_STEPS = {"fast": 30, "normal": 50, "ddim": 50, "dpmpp": 25}
 
 
 def computed_settings(stage: str) -> dict[str, Setting]:
-    """Return the declarations of what a stage's request holds, by the request's field."""
+    """Return the declarations of a stage's request, by its fields."""
     return {each.request_field: each for each in call_settings(stage).values() if each.request_field}
 
 

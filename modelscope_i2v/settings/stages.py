@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 from ..errors import ConfigurationError
@@ -78,6 +78,9 @@ def _setting(default: Any, rule: Rule, help: str, **declared: Any) -> Any:
     return field(default=default, metadata={"setting": Setting(rule, help, **declared)})
 
 
+_in_call = partial(_setting, in_call=True)
+
+
 @dataclass
 class StageSettings:
     """The settings that both stages have. Assigning one checks it; one object belongs to one model."""
@@ -89,33 +92,33 @@ class StageSettings:
     ckpt_autoencoder: str = _setting(
         "v2-1_512-ema-pruned.ckpt", text(non_empty=True), "the file with the autoencoder"
     )
-    seed: int | None = _setting(
+    seed: int | None = _in_call(
         None, optional(integer(0, 2**63 - 1)), "seed of all random draws: the same one gives the same video",
-        in_call=True, both=True,
+        both=True,
     )  # fmt: skip
-    steps: int | None = _setting(
-        None, optional(integer(1, 1000)), "denoising steps; by default the solver's own number", in_call=True
+    steps: int | None = _in_call(
+        None, optional(integer(1, 1000)), "denoising steps; by default the solver's own number"
     )
     batch_size: int = _setting(
         1, integer(1, 1024), "accepted, as the published files have it; without effect"
     )
-    target_fps: int | str = _setting(
+    target_fps: int | str = _in_call(
         8, integer(1, 240), "frames per second, of the file and as stage one's condition",
-        in_call=True, keyword="fps", both=True,
+        keyword="fps", both=True,
     )  # fmt: skip
-    max_frames: int = _setting(
+    max_frames: int = _in_call(
         32, integer(1, 100_000),
         "stage one: frames of the video; stage two: frames that go through the network at a time",
-        in_call=True, request_field="frames", flag="frames",
+        request_field="frames", flag="frames",
     )  # fmt: skip
     latent_wid: int = _setting(56, integer(1, 1024), "width of the video in units of 8 pixels")
     latent_hei: int = _setting(32, integer(1, 1024), "height of the video in units of 8 pixels")
-    resolution: tuple[int, int] | None = _setting(
+    resolution: tuple[int, int] | None = _in_call(
         None, optional(size(8, 8192)), "size of the video in pixels, instead of the latent's; any size",
-        in_call=True, request_field="size", flag="size",
+        request_field="size", flag="size",
     )  # fmt: skip
-    guide_scale: float = _setting(
-        3.0, number(0, 100), "strength of guidance: how closely to follow the image or the text", in_call=True
+    guide_scale: float = _in_call(
+        3.0, number(0, 100), "strength of guidance: how closely to follow the image or the text"
     )
     decoder_bs: int = _setting(8, integer(1, 4096), "frames decoded at a time")
     precision: str = _setting(
@@ -149,15 +152,13 @@ class StageSettings:
         quiet=True,
     )
     # Approximations: by default there are none.
-    guidance_interval: tuple[int, int] | None = _setting(
+    guidance_interval: tuple[int, int] | None = _in_call(
         None, optional(interval(0, 999)),
         "approximate: timesteps at which there is guidance; at the others half the work is saved",
-        in_call=True,
     )  # fmt: skip
-    reuse_interval: int = _setting(
+    reuse_interval: int = _in_call(
         1, integer(1, 100),
         "approximate: compute the UNet's deep features at every Nth call, and use them again at the others",
-        in_call=True,
     )  # fmt: skip
     # What a call may ask for at most, so that a slip of a digit is an error and not a full memory.
     limit_pixels: int = _setting(
@@ -206,10 +207,9 @@ class ImageToVideoSettings(StageSettings):
     stage: ClassVar[str] = IMAGE_TO_VIDEO
 
     ckpt_unet: str = "base_03_alldata_fps_v_80g_0789000.pth"
-    noise_strength: float = _setting(0.1, number(0, 10), "strength of the offset noise", in_call=True)
-    solver: str = _setting(
+    noise_strength: float = _in_call(0.1, number(0, 10), "strength of the offset noise")
+    solver: str = _in_call(
         "ddim", choice("ddim", "dpmpp"), "approximate: dpmpp, DPM-Solver++(2M), in half as many steps",
-        in_call=True,
     )  # fmt: skip
 
 
@@ -228,20 +228,18 @@ class VideoToVideoSettings(StageSettings):
     latent_hei: int = 90
     latent_wid: int = 160
     guide_scale: float = 7.5
-    guide_rescale: float = _setting(
-        0.2, number(0, 1), "how far guidance keeps the contrast of the unguided prediction", in_call=True
+    guide_rescale: float = _in_call(
+        0.2, number(0, 1), "how far guidance keeps the contrast of the unguided prediction"
     )
-    total_noise_levels: int = _setting(
-        600, integer(1, 999), "how much noise is put on the video, of 1000", in_call=True
+    total_noise_levels: int = _in_call(600, integer(1, 999), "how much noise is put on the video, of 1000")
+    solver_mode: str = _in_call(
+        "fast", choice("fast", "normal"), "DPM-Solver++(2M) SDE in 30 steps, or Heun in 50"
     )
-    solver_mode: str = _setting(
-        "fast", choice("fast", "normal"), "DPM-Solver++(2M) SDE in 30 steps, or Heun in 50", in_call=True
+    positive_prompt: str = _in_call(
+        DEFAULT_POSITIVE_PROMPT, text(), "put behind every text, instead of the published one"
     )
-    positive_prompt: str = _setting(
-        DEFAULT_POSITIVE_PROMPT, text(), "put behind every text, instead of the published one", in_call=True
-    )
-    negative_prompt: str = _setting(
-        DEFAULT_NEGATIVE_PROMPT, text(), "what to avoid, instead of the published one", in_call=True
+    negative_prompt: str = _in_call(
+        DEFAULT_NEGATIVE_PROMPT, text(), "what to avoid, instead of the published one"
     )
     decoder_bs: int = 2
     scale: float | None = _setting(
@@ -289,38 +287,25 @@ SETTINGS_OF_STAGE: dict[str, type[StageSettings]] = {
     settings.stage: settings for settings in (ImageToVideoSettings, VideoToVideoSettings)
 }
 
+#: What travels beside the request, as nothing is computed with it.
+_BESIDE_REQUEST: dict[str, Any] = {"request_field": None, "both": True}
+
 #: What only calls have, no file.
 CALL_ONLY: dict[str, Setting] = {
-    name: setting.named(name)
-    for name, setting in {
-        "text": Setting(text(), "what the video shows, in English", in_call=True, stage=VIDEO_TO_VIDEO),
-        "chunk_size": Setting(
-            integer(1, 100_000),
-            "frames of each window in which a long video goes through the network",
-            in_call=True, request_field="window",
-        ),
-        "overlap_size": Setting(
-            integer(0, 100_000),
-            "frames that two windows share; by default a quarter of a window",
-            in_call=True, request_field="overlap",
-        ),
-        "generator": Setting(
-            Rule("generator"),
-            "draws the seed, if none is given",
-            in_call=True, request_field=None, both=True,
-        ),
-        "callback": Setting(
-            Rule("function"),
-            "called after each step with the step, the timestep or noise level, and the latents; may raise "
-            "StopIteration to end the call",
-            in_call=True, request_field=None, both=True,
-        ),
-        "progress": Setting(
-            boolean(),
-            "show progress bars, or none; by default only on a terminal and in a notebook",
-            in_call=True, request_field=None, both=True,
-        ),
-    }.items()
+    name: Setting(rule, help, in_call=True, **declared).named(name)
+    for name, rule, help, declared in (
+        ("text", text(), "what the video shows, in English", {"stage": VIDEO_TO_VIDEO}),
+        ("chunk_size", integer(1, 100_000),
+         "frames of each window in which a long video goes through the network", {"request_field": "window"}),
+        ("overlap_size", integer(0, 100_000),
+         "frames that two windows share; by default a quarter of a window", {"request_field": "overlap"}),
+        ("generator", Rule("generator"), "draws the seed, if none is given", _BESIDE_REQUEST),
+        ("callback", Rule("function"),
+         "called after each step with the step, the timestep or noise level, and the latents; may raise "
+         "StopIteration to end the call", _BESIDE_REQUEST),
+        ("progress", boolean(),
+         "show progress bars, or none; by default only on a terminal and in a notebook", _BESIDE_REQUEST),
+    )
 }  # fmt: skip
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import sys
 import traceback
 from typing import Sequence
@@ -67,16 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # a bug: its traceback is what a report needs
         if arguments.debug:
             traceback.print_exc()
-        print(f"{PROGRAM}: error: {_words(error)}", file=sys.stderr)
+        words = " ".join(map(str.strip, str(error).splitlines()))
+        if not isinstance(error, I2VError):
+            words = f"out of memory; fewer --frames or a smaller --size take less ({words or 'no details'})"
+        print(f"{PROGRAM}: error: {words}", file=sys.stderr)
         return 2 if isinstance(error, _EXIT_WITH_2) else 1
-
-
-def _words(error: Exception) -> str:
-    """An error in one line, without the class that ModelScope puts before what it builds raises."""
-    words = re.sub(r"\s*\n\s*", " ", str(error)).strip()
-    if not isinstance(error, I2VError):
-        return f"out of memory; fewer --frames or a smaller --size take less ({words or 'no details'})"
-    return re.sub(r"^(\w+(Pipeline|Model): )+", "", words)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What the commands are made of."""
+"""The type of a command, and what it prints with."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ class Command:
 
 
 def without_none(**values: Any) -> dict[str, Any]:
-    """Return the values that were given."""
+    """Return the values that are not None."""
     return {name: value for name, value in values.items() if value is not None}

@@ -26,19 +26,13 @@ def _convert(arguments: argparse.Namespace) -> None:
     from ..weights.conversion import convert_folder, size_in_words
 
     sources = [os.path.expanduser(each) for each in (arguments.folder, arguments.other_folder) if each]
-    done = convert_folder(
-        sources,
-        arguments.output,
-        **without_none(precision=arguments.precision, progress=arguments.progress or None),
-        **values_of(arguments, _LORA),
-    )
+    options = without_none(precision=arguments.precision, progress=arguments.progress or None)
+    done = convert_folder(sources, arguments.output, **options, **values_of(arguments, _LORA))
     for file in done.files:
         path = os.path.join(arguments.output, file.name)
         echo(f"{path}: {size_in_words(file.size)}, {file.network} for {' and '.join(file.stages)}")
-    echo(
-        f"{arguments.output}: a model for {' and '.join(done.stages)}: "
-        f"{size_in_words(done.size_before)} of weights before, {size_in_words(done.size)} now"
-    )
+    sizes = f"{size_in_words(done.size_before)} of weights before, {size_in_words(done.size)} now"
+    echo(f"{arguments.output}: a model for {' and '.join(done.stages)}: {sizes}")
 
 
 CONVERT = Command(

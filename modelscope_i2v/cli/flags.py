@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 from ..settings.stages import (
     CALL_ONLY,
@@ -15,22 +15,19 @@ from ..settings.stages import (
     call_settings,
     loading_settings,
 )
+from .command import without_none
 
 
-def size_argument(text: str) -> list[int]:
-    """Return [width, height] of a text such as 448x256."""
-    match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text.lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is WIDTHxHEIGHT in pixels, as 448x256")
-    return [int(side) for side in match.groups()]
+def _pair(separator: str, allowed: str) -> Callable[[str], list[int]]:
+    """Return a type for argparse: two whole numbers with a separator between them."""
 
+    def pair(text: str) -> list[int]:
+        match = re.fullmatch(f"([0-9]{{1,9}}){separator}([0-9]{{1,9}})", text.lower())
+        if match is None:
+            raise argparse.ArgumentTypeError(f"got {text!r}, allowed is {allowed}")
+        return [int(each) for each in match.groups()]
 
-def interval_argument(text: str) -> list[int]:
-    """Return [first, last] of a text such as 200-800."""
-    match = re.fullmatch(r"([0-9]{1,9})-([0-9]{1,9})", text)
-    if match is None:
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is FIRST-LAST, as 200-800")
-    return [int(end) for end in match.groups()]
+    return pair
 
 
 def integer_or_name(text: str) -> int | str:
@@ -47,10 +44,10 @@ FLAG_KINDS: dict[str, dict[str, Any]] = {
     "name": {"metavar": "NAME"},
     "choice": {},
     "boolean": {"action": argparse.BooleanOptionalAction},
-    "size": {"type": size_argument, "metavar": "WxH"},
+    "size": {"type": _pair("x", "WIDTHxHEIGHT in pixels, as 448x256"), "metavar": "WxH"},
+    "interval": {"type": _pair("-", "FIRST-LAST, as 200-800"), "metavar": "FIRST-LAST"},
     "paths": {"action": "append", "metavar": "PATH"},
     "numbers": {"action": "append", "type": float, "metavar": "X"},
-    "interval": {"type": interval_argument, "metavar": "FIRST-LAST"},
 }
 
 
@@ -60,7 +57,7 @@ def first_stage_flags() -> list[Setting]:
 
 
 def second_stage_flags() -> tuple[list[Setting], list[Setting]]:
-    """Return what only stage two has, and what it has of its own beside stage one's."""
+    """Return the declarations of what only stage two has, and of what each stage has for itself."""
     in_first = call_settings(IMAGE_TO_VIDEO)
     flags = [each for each in call_settings(VIDEO_TO_VIDEO).values() if each.rule.kind in FLAG_KINDS]
     only = [each for each in flags if each.name not in in_first]
@@ -76,22 +73,23 @@ def add_flags(parser: Any, settings: Iterable[Setting], prefix: str = "") -> Non
         elif each.rule.kind == "integer" and each.rule.choices:
             options.update(type=integer_or_name, metavar=f"N|{'|'.join(each.rule.choices)}")
         parser.add_argument(
-            f"--{prefix.replace('_', '-')}{each.flag}",
-            dest=_destination(each, prefix),
+            flag_of(each, prefix),
+            dest=prefix + (each.keyword or each.name),
             default=None,
             help=each.help.replace("%", "%%"),
             **options,
         )
 
 
+def flag_of(setting: Setting, prefix: str = "") -> str:
+    """Return a setting's flag with its dashes."""
+    return f"--{prefix.replace('_', '-')}{setting.flag}"
+
+
 def values_of(arguments: argparse.Namespace, settings: Iterable[Setting], prefix: str = "") -> dict[str, Any]:
     """Return the values of the flags that were given, by keyword."""
-    values = {_destination(each, prefix): getattr(arguments, _destination(each, prefix)) for each in settings}
-    return {keyword: value for keyword, value in values.items() if value is not None}
-
-
-def _destination(setting: Setting, prefix: str) -> str:
-    return prefix + (setting.keyword or setting.name)
+    keywords = [prefix + (each.keyword or each.name) for each in settings]
+    return without_none(**{keyword: getattr(arguments, keyword) for keyword in keywords})
 
 
 def add_loading_flags(parser: argparse.ArgumentParser) -> None:
@@ -101,9 +99,8 @@ def add_loading_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def loading_values(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what ``pipeline()`` shall be given of the flags of ``add_loading_flags``."""
-    device = {} if arguments.device is None else {"device": arguments.device}
-    return {**device, **values_of(arguments, loading_settings().values())}
+    """Return the values of the flags that ``add_loading_flags`` added."""
+    return without_none(device=arguments.device, **values_of(arguments, loading_settings().values()))
 
 
 SEED = StageSettings.declared()["seed"]

@@ -1,4 +1,4 @@
-"""``modelscope-i2v generate``: the real job."""
+"""``modelscope-i2v generate``: a video of an image, and a larger, sharper one of that."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 from typing import Any
 
 from ..errors import InvalidInputError
-from ..settings.keywords import REFINE_PREFIX, check_keywords, split_keywords
+from ..settings.keywords import REFINE_PREFIX, split_keywords
 from .command import Command, echo, without_none
 from .flags import (
     add_flags,
     add_loading_flags,
     first_stage_flags,
+    flag_of,
     loading_values,
     second_stage_flags,
     values_of,
@@ -43,31 +44,55 @@ def _generate(arguments: argparse.Namespace) -> None:
     from ..media.images import open_image
     from ..media.video import check_writable
 
-    check_writable(arguments.output)
-    if arguments.keep_first is not None:
-        check_writable(arguments.keep_first)
-    first_like, second_like = _keywords_like(arguments.like)
-    if second_like is not None and arguments.refine is None:
-        arguments.refine = ""
-    _check_refine_arguments(arguments)
+    for path in (arguments.output, arguments.keep_first):
+        if path is not None:
+            check_writable(path)
+    runs = _runs(arguments)
     image = open_image(arguments.image)
-    stages = _stages(arguments, first_like, second_like or {})
-    for stage in stages:
-        stage.check()
+    for run in runs:
+        run.check()
     # Both models before the first is run: downloads fail more often than anything else.
-    stages = [stage.downloaded() for stage in stages]
-    if len(stages) == 1:
-        stages[0].run(image, arguments.output)
+    first, *rest = [run.downloaded() for run in runs]
+    if not rest:
+        first.run(image, arguments.output)
         return
-    video = stages[0].load()(image, **stages[0].keywords)
+    video = first.load()(image, **first.keywords)
     if arguments.keep_first is not None:
         echo(video.save(arguments.keep_first))
     release_memory()
-    stages[1].run(video, arguments.output)
+    rest[0].run(video, arguments.output)
+
+
+def _runs(arguments: argparse.Namespace) -> list[StageRun]:
+    """Return the stages to run; what the arguments say goes before what another video was made with."""
+    first_like, second_like = _keywords_like(arguments.like)
+    refine = "" if arguments.refine is None and second_like is not None else arguments.refine
+    only, own = second_stage_flags()
+    second = {**values_of(arguments, only), **values_of(arguments, own, REFINE_PREFIX)}
+    if refine is None:
+        flags = [flag_of(each) for each in only if each.keyword in second]
+        flags += [flag_of(each, REFINE_PREFIX) for each in own if REFINE_PREFIX + each.keyword in second]
+        flags += ["--keep-first"] if arguments.keep_first is not None else []
+        if flags:
+            raise InvalidInputError(f"without --refine there is no stage two for {', '.join(flags)}")
+    elif arguments.keep_first and _are_one_file(arguments.keep_first, arguments.output):
+        raise InvalidInputError(f"--keep-first and --output are the same file, {arguments.output!r}")
+    both = without_none(refine_reuse_interval=arguments.reuse_interval)  # unless stage two has its own
+    first, second = split_keywords({**values_of(arguments, first_stage_flags()), **both, **second})
+    settings, model = loading_values(arguments), os.path.expanduser(arguments.model)
+    runs = [StageRun("image-to-video", model, settings, {**first_like, **first})]
+    if refine is not None:
+        second_model = os.path.expanduser(refine) or _default_refine_model(model)
+        runs.append(StageRun("video-to-video", second_model, settings, {**(second_like or {}), **second}))
+    return runs
+
+
+def _are_one_file(path: str, other: str) -> bool:
+    return os.path.realpath(path) == os.path.realpath(other)
 
 
 def _keywords_like(path: str | None) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The keywords that made a video, of each stage."""
+    """Return the keywords that made a video, of each stage."""
     if path is None:
         return {}, None
     from ..media.sources import source_name
@@ -75,46 +100,6 @@ def _keywords_like(path: str | None) -> tuple[dict[str, Any], dict[str, Any] | N
     from ..settings.record import keywords_like
 
     return keywords_like(read_metadata(path), source_name(path))
-
-
-def _check_refine_arguments(arguments: argparse.Namespace) -> None:
-    if arguments.refine is None:
-        only, own = second_stage_flags()
-        flags = [each.flag for each in only if values_of(arguments, [each])]
-        flags += [f"refine-{each.flag}" for each in own if values_of(arguments, [each], REFINE_PREFIX)]
-        flags += ["keep-first"] if arguments.keep_first is not None else []
-        if flags:
-            names = ", ".join(f"--{flag}" for flag in flags)
-            raise InvalidInputError(f"without --refine there is no stage two for {names}")
-    if arguments.keep_first and os.path.realpath(arguments.keep_first) == os.path.realpath(arguments.output):
-        raise InvalidInputError(f"--keep-first and --output are the same file, {arguments.output!r}")
-
-
-def _stages(
-    arguments: argparse.Namespace, first_like: dict[str, Any], second_like: dict[str, Any]
-) -> list[StageRun]:
-    """Return the stages to run; what the arguments say goes before what another video was made with."""
-    settings = loading_values(arguments)
-    model = os.path.expanduser(arguments.model)
-    keywords = values_of(arguments, first_stage_flags())
-    if arguments.refine is None:
-        return [
-            StageRun(
-                "image-to-video",
-                model,
-                settings,
-                {**first_like, **check_keywords("image-to-video", keywords)},
-            )
-        ]
-    only, own = second_stage_flags()
-    both = without_none(refine_reuse_interval=arguments.reuse_interval)  # unless stage two has its own
-    second = {**values_of(arguments, only), **both, **values_of(arguments, own, REFINE_PREFIX)}
-    first, second = split_keywords({**keywords, **second})
-    refine = os.path.expanduser(arguments.refine) or _default_refine_model(model)
-    return [
-        StageRun("image-to-video", model, settings, {**first_like, **first}),
-        StageRun("video-to-video", refine, settings, {**second_like, **second}),
-    ]
 
 
 def _default_refine_model(model: str) -> str:

@@ -30,8 +30,7 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _show(entries: dict) -> None:
     for name, value in sorted(entries.items()):
-        shown = "x".join(map(str, value)) if isinstance(value, list) else value
-        echo(f"{name}: {shown}")
+        echo(f"{name}: {'x'.join(map(str, value)) if isinstance(value, list) else value}")
 
 
 INFO = Command("info", "say how a video was made: its seed, its steps, its model", _add_info_arguments, _info)

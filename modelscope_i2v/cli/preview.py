@@ -36,15 +36,13 @@ def _preview(arguments: argparse.Namespace) -> None:
     from ..engine.image_to_video import ImageToVideo
     from ..engine.previews import generate_previews
     from ..media.images import open_image
-    from ..settings.keywords import check_keywords
 
-    for seed in arguments.seeds:
-        check_keywords("image-to-video", {"seed": seed})
     image = open_image(arguments.image)
-    keywords = values_of(arguments, _flags())
-    settings = loading_values(arguments)
-    run = StageRun("image-to-video", os.path.expanduser(arguments.model), settings, keywords)
-    run.check()
+    keywords, settings = values_of(arguments, _flags()), loading_values(arguments)
+    model = os.path.expanduser(arguments.model)
+    for seed in arguments.seeds:
+        run = StageRun("image-to-video", model, settings, {**keywords, "seed": seed})
+        run.check()
     stage = ImageToVideo.load(run.downloaded().model, **settings)
     generate_previews(stage, image, arguments.seeds, arguments.output, **keywords)
     echo(f"{os.path.join(arguments.output, 'contact_sheet.png')}: {len(arguments.seeds)} videos beside it")

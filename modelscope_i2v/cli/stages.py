@@ -23,8 +23,6 @@ HUB_ID_IMAGE_TO_VIDEO = "damo/Image-to-Video"
 HUB_ID_VIDEO_TO_VIDEO = "damo/Video-to-Video"
 REVISION = "v1.1.0"
 
-_CHECKPOINTS = ("ckpt_clip", "ckpt_unet", "ckpt_autoencoder")
-
 
 @dataclass(frozen=True)
 class StageRun:
@@ -52,21 +50,22 @@ class StageRun:
         keywords = check_keywords(self.stage, self.keywords)
         check_device(self.settings.get("device"))
         overrides = {name: value for name, value in self.settings.items() if name != "device"}
-        if not os.path.exists(self.model):
-            if not _is_hub_id(self.model):
-                raise MissingFileError(
-                    f"there is no folder {self.model!r}, nor is it an id on the hub, which is owner/name"
-                )
+        is_here = os.path.exists(self.model)
+        if is_here:
+            settings = load_settings(self.model, self.stage, overrides)
+        elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", self.model):
             settings = SETTINGS_OF_STAGE[self.stage](**overrides)
-            request = Request.resolve(settings, keywords)
-            check_limits(settings, request)
+        else:
+            raise MissingFileError(
+                f"there is no folder {self.model!r}, nor is it an id on the hub, which is owner/name"
+            )
+        request = Request.resolve(settings, keywords)
+        check_limits(settings, request)
+        if not is_here:
             for path in request.lora:
                 find_adapter(path)
             return
-        settings = load_settings(self.model, self.stage, overrides)
-        request = Request.resolve(settings, keywords)
-        check_limits(settings, request)
-        for name in _CHECKPOINTS:
+        for name in ("ckpt_clip", "ckpt_unet", "ckpt_autoencoder"):
             find_checkpoint(self.model, getattr(settings, name))
         check_adapters(request.lora, self.model, settings)
 
@@ -83,21 +82,16 @@ class StageRun:
         from ..engine.image_to_video import ImageToVideo
         from ..engine.video_to_video import VideoToVideo
 
-        return {each.name: each for each in (ImageToVideo, VideoToVideo)}[self.stage].load(
-            self.model, **self.settings
-        )
+        stage = ImageToVideo if self.stage == ImageToVideo.name else VideoToVideo
+        return stage.load(self.model, **self.settings)
 
     def run(self, source: Any, output: str) -> GeneratedVideo:
         """Make the video ``output`` of an image or a video, and say what it is."""
         start = time.monotonic()
         video = self.load()(source, **self.keywords)
-        path = video.save(output)
-        count, height, width, _ = video.frames.shape
-        seconds = time.monotonic() - start
-        echo(
-            f"{path}: {count} frames of {width}x{height} at {video.fps:g} fps, "
-            f"seed {video.record['seed']} ({seconds:.0f} s)"
-        )
+        path, (count, height, width, _) = video.save(output), video.frames.shape
+        words = f"{count} frames of {width}x{height} at {video.fps:g} fps, seed {video.record['seed']}"
+        echo(f"{path}: {words} ({time.monotonic() - start:.0f} s)")
         return video
 
 
@@ -115,10 +109,6 @@ def check_device(device: str | None) -> None:
         raise InvalidInputError(f"--device: got {device!r}, but torch finds {count or 'no'} CUDA GPUs here")
 
 
-def _is_hub_id(model: str) -> bool:
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) is not None
-
-
 def download(model: str) -> str:
     """Return the folder of a model given by its id on the hub, downloaded if it is not here."""
     from modelscope.hub.snapshot_download import snapshot_download
@@ -134,7 +124,7 @@ def download(model: str) -> str:
 
 
 def release_memory() -> None:
-    """Give back what a stage held, for the next."""
+    """Free the memory that a stage held, for the next one."""
     import torch
 
     gc.collect()

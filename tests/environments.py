@@ -9,9 +9,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 import venv
 from pathlib import Path
+
+#: ModelScope's: in a new one it spends some ten seconds on its index of classes.
+CACHE = tempfile.TemporaryDirectory(prefix="modelscope_cache_")
 
 
 class Environment:
@@ -49,7 +53,7 @@ class Environment:
         }
         own = {
             "HOME": str(self.folder),
-            "MODELSCOPE_CACHE": str(self.folder / "cache"),
+            "MODELSCOPE_CACHE": CACHE.name,
             "OMP_NUM_THREADS": "1",
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",

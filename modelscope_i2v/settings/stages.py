@@ -139,17 +139,13 @@ class StageSettings:
         False, boolean(), "compile the UNet's transformer blocks (torch.compile) when they first meet a size",
         loading=True,
     )  # fmt: skip
-    lora: str | tuple[str, ...] | None = _setting(
+    lora: str | tuple[str, ...] | None = _in_call(
         None, Rule("paths", optional=True),
         "LoRA adapters in the UNet's weights: a file or its folder, or several; an empty list for none",
-        in_call=True, alias="lora_dir", quiet=True,
+        alias="lora_dir", quiet=True,
     )  # fmt: skip
-    lora_scale: float | tuple[float, ...] = _setting(
-        1.0,
-        Rule("numbers", -10, 10),
-        "strength of the adapters: of all, or a list of each one's",
-        in_call=True,
-        quiet=True,
+    lora_scale: float | tuple[float, ...] = _in_call(
+        1.0, Rule("numbers", -10, 10), "strength of the adapters: of all, or a list of each one's", quiet=True
     )
     # Approximations: by default there are none.
     guidance_interval: tuple[int, int] | None = _in_call(
@@ -220,10 +216,10 @@ class VideoToVideoSettings(StageSettings):
     stage: ClassVar[str] = VIDEO_TO_VIDEO
 
     ckpt_unet: str = "non_ema_0035000.pth"
-    target_fps: int | str = _setting(
+    target_fps: int | str = _in_call(
         8, integer(1, 240, "source"),
         "frames per second, of the file and as stage one's condition; stage two: source keeps the source's",
-        in_call=True, keyword="fps", both=True,
+        keyword="fps", both=True,
     )  # fmt: skip
     latent_hei: int = 90
     latent_wid: int = 160
@@ -242,43 +238,42 @@ class VideoToVideoSettings(StageSettings):
         DEFAULT_NEGATIVE_PROMPT, text(), "what to avoid, instead of the published one"
     )
     decoder_bs: int = 2
-    scale: float | None = _setting(
-        None, optional(number(0.1, 16)), "size of the video as so many times its source's", in_call=True,
+    scale: float | None = _in_call(
+        None, optional(number(0.1, 16)), "size of the video as so many times its source's", quiet=True,
+    )  # fmt: skip
+    scene_cuts: bool = _in_call(
+        False, boolean(), "generate each scene by itself, so that no window reaches across a cut",
         quiet=True,
     )  # fmt: skip
-    scene_cuts: bool = _setting(
-        False, boolean(), "generate each scene by itself, so that no window reaches across a cut",
-        in_call=True, quiet=True,
-    )  # fmt: skip
-    tile_size: int | None = _setting(
+    tile_size: int | None = _in_call(
         None, optional(integer(64, 8192)),
         "side in pixels of the tiles in which a large frame goes through the networks; by default whole "
         "frames, or tiles that fit where those do not",
-        in_call=True, quiet=True,
+        quiet=True,
     )  # fmt: skip
-    tile_overlap: int | None = _setting(
+    tile_overlap: int | None = _in_call(
         None, optional(integer(0, 4096)), "pixels that two tiles share; by default a quarter of a tile",
-        in_call=True, quiet=True,
+        quiet=True,
     )  # fmt: skip
-    colour: str = _setting(
+    colour: str = _in_call(
         "model", choice("model", "source"), "source: keep the low frequencies of the source's colours",
-        in_call=True, quiet=True,
+        quiet=True,
     )  # fmt: skip
-    keep_audio: bool = _setting(
-        False, boolean(), "give the file the source's sound, cut to the video", in_call=True, quiet=True
+    keep_audio: bool = _in_call(
+        False, boolean(), "give the file the source's sound, cut to the video", quiet=True
     )
-    codec: str = _setting(
-        "h264", choice("h264", "hevc", "vp9", "prores"), "codec of the file", in_call=True, quiet=True
+    codec: str = _in_call(
+        "h264", choice("h264", "hevc", "vp9", "prores"), "codec of the file", quiet=True
     )
-    crf: int | None = _setting(
+    crf: int | None = _in_call(
         None, optional(integer(0, 63)),
         "the encoder's constant rate factor: less is better and larger; by default 17, or what is like it",
-        in_call=True, quiet=True,
+        quiet=True,
     )  # fmt: skip
-    pix_fmt: str | None = _setting(
+    pix_fmt: str | None = _in_call(
         None, optional(text(non_empty=True)),
         "pixel format of the file, as ffmpeg names it; by default yuv420p, or the codec's own",
-        in_call=True, quiet=True,
+        quiet=True,
     )  # fmt: skip
     unet: UNetConfig = field(default_factory=lambda: UNetConfig(image_conditioned=False, row_padding=2))
 

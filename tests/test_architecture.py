@@ -87,6 +87,7 @@ def test_settings_know_the_architectures_only():
     assert taken <= ARCHITECTURES
 
 
+@pytest.mark.slow
 def test_only_the_doors_bring_modelscope():
     """Without the package's own start-up, which would wait for ModelScope and not import it."""
     parts = [part for part in ALLOWED if part not in DOORS and files(part)]

@@ -82,6 +82,7 @@ def test_same_seed_same_bytes_and_other_seed_other_video(i2v, picture):
     assert not np.array_equal(read_video(first).frames, read_video(other).frames)
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_in_another_process(i2v, v2v, small_model, picture, clip, tmp_path):
     script = (
         "import sys\n"

@@ -262,9 +262,7 @@ class VideoToVideoSettings(StageSettings):
     keep_audio: bool = _in_call(
         False, boolean(), "give the file the source's sound, cut to the video", quiet=True
     )
-    codec: str = _in_call(
-        "h264", choice("h264", "hevc", "vp9", "prores"), "codec of the file", quiet=True
-    )
+    codec: str = _in_call("h264", choice("h264", "hevc", "vp9", "prores"), "codec of the file", quiet=True)
     crf: int | None = _in_call(
         None, optional(integer(0, 63)),
         "the encoder's constant rate factor: less is better and larger; by default 17, or what is like it",

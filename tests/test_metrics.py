@@ -79,6 +79,42 @@ def test_seams_stand_out(scene):
     seamed[:, :, 80:] = np.minimum(seamed[:, :, 80:].astype(int) + 40, 255)
     assert metrics.seam_score(seamed, [80], axis=2) > 3 * metrics.seam_score(scene, [80], axis=2)
     assert metrics.seam_score(scene.repeat(2, 0), [2, 4], axis=0) > 1
+    blank = np.zeros((6, 16, 16, 3), np.uint8)
+    assert metrics.seam_score(blank, [3], axis=0) == 1
+    blank[3:] = 10
+    blank[:, 5:] += 5  # a step of 5 at each of F W pixels, of 16 H - 1 in all
+    assert metrics.seam_score(blank + np.arange(16, dtype=np.uint8)[:, None, None], [5], axis=1) == 6
+
+
+@pytest.mark.parametrize(("borders", "axis"), [([0], 0), ([8], 0), ([96], 1), ([1, 2, 3, 4, 5, 6, 7], 0)])
+def test_borders_that_are_none_are_refused(scene, borders, axis):
+    with pytest.raises(InvalidInputError, match=rf"borders: got \[{borders[0]}"):
+        metrics.seam_score(scene, borders, axis)
+
+
+def test_thumbnails_are_of_one_size_and_find_their_picture(scene):
+    assert metrics.thumbnails(scene).shape == (8, 16, 16, 3)
+    halves = np.zeros((1, 32, 48, 3), np.uint8)
+    halves[:, :, 24:] = 200
+    assert np.array_equal(metrics.thumbnails(halves)[0, :, :, 0], [[0] * 8 + [200] * 8] * 16)
+    assert metrics.thumbnail_similarity(halves, halves[0, ::2, ::2]) == pytest.approx(1)
+    assert metrics.thumbnail_similarity(halves, 200 - halves[0]) == pytest.approx(-1)
+    assert metrics.thumbnail_similarity(scene, scene[0]) > metrics.thumbnail_similarity(scene, draw(0)[0][0])
+    with pytest.raises(InvalidInputError, match=r"16x16 pixels or more, got \[15, 160\]"):
+        metrics.thumbnails(scene[:, :15])
+
+
+def test_consistency_of_flat_frames():
+    """They have no correlation; the same ones are consistent, others are not."""
+    flat = np.full((3, 16, 16, 3), 7, np.uint8)
+    assert metrics.temporal_consistency(flat) == 1
+    flat[1] = 8
+    assert metrics.temporal_consistency(flat) == 0
+
+
+def test_what_a_short_video_has_no_scores_of_is_left_out(scene):
+    assert set(metrics.scores(scene[:1])) == {"sharpness"}
+    assert "flicker" not in metrics.scores(scene[:2]) and "motion" in metrics.scores(scene[:2])
 
 
 def test_similarity_of_embeddings():

@@ -29,8 +29,9 @@ from .enhance import ENHANCE
 from .generate import GENERATE
 from .info import INFO
 from .preview import PREVIEW
+from .score import SCORE
 
-COMMANDS = (DEMO, GENERATE, ENHANCE, PREVIEW, INFO, CONVERT, DOCTOR)
+COMMANDS = (DEMO, GENERATE, ENHANCE, PREVIEW, INFO, SCORE, CONVERT, DOCTOR)
 
 #: The user's to correct, as a wrong argument is; other errors of ours exit with 1.
 _EXIT_WITH_2 = (InvalidInputError, ConfigurationError, MissingFileError, MissingPackageError)

@@ -1,0 +1,115 @@
+"""The settings of training, each declared once: flags, keywords and the document's table are made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Mapping
+
+from ..errors import ConfigurationError
+from .rules import Rule, boolean, choice, did_you_mean, integer, number, optional, size
+from .stages import IMAGE_TO_VIDEO, PRECISION_CHOICES, SETTINGS_OF_STAGE, Setting
+
+OPTIMIZERS = ("adamw", "adamw8bit")
+RATE_SCHEDULES = ("cosine", "linear", "constant")
+
+
+def _setting(default: Any, rule: Rule, help: str, **declared: Any) -> Any:
+    return field(default=default, metadata={"setting": Setting(rule, help, **declared)})
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What a training run does; all values are checked.
+
+    Raises:
+        ConfigurationError: naming the setting, the value and what is allowed.
+    """
+
+    stage: str = _setting(IMAGE_TO_VIDEO, choice(*SETTINGS_OF_STAGE), "which stage's UNet is trained")
+    lora: int = _setting(
+        16, integer(1, 1024), "train adapters of this rank on the attentions' projections", metavar="RANK"
+    )
+    full: bool = _setting(False, boolean(), "train all of the UNet's weights instead")
+    steps: int = _setting(1000, integer(1, 10_000_000), "updates of the weights")
+    batch_size: int = _setting(1, integer(1, 1024), "clips that go through the network at a time")
+    accumulate: int = _setting(1, integer(1, 1024), "batches whose gradients make one update")
+    learning_rate: float | None = _setting(
+        None, optional(number(0, 1)), "at its highest; by default 1e-4 for adapters, 1e-5 for all weights"
+    )
+    rate_schedule: str = _setting(
+        "cosine", choice(*RATE_SCHEDULES), "how the learning rate falls until the last step"
+    )
+    warmup: int = _setting(50, integer(0, 1_000_000), "steps in which the learning rate rises at first")
+    optimizer: str = _setting(
+        "adamw", choice(*OPTIMIZERS), "adamw8bit takes a quarter of the memory, and needs bitsandbytes"
+    )
+    weight_decay: float = _setting(1e-3, number(0, 1), "of weights with two or more dimensions")
+    clip_gradient: float = _setting(1.0, number(1e-9, 1e9), "the largest norm of an update's gradient")
+    ema_decay: float = _setting(
+        0.999, number(0, 0.999999),
+        "of the running average of all weights, which is what full training writes; 0 for none",
+    )  # fmt: skip
+    size: tuple[int, int] | None = _setting(
+        None, optional(size(8, 8192)),
+        "of the clips in pixels; those of another shape get about as many; by default the model's",
+    )  # fmt: skip
+    frames: int | None = _setting(
+        None, optional(integer(1, 1024)), "of a clip; shorter videos give half, a quarter, ...; "
+        "by default the model's",
+    )  # fmt: skip
+    fps: int | None = _setting(
+        None, optional(integer(1, 240)),
+        "frames per second of the clips, as near as leaving out frames comes; by default the model's",
+    )  # fmt: skip
+    clips: int = _setting(4, integer(1, 100_000), "the most clips that are taken of one video")
+    image_share: float = _setting(
+        0.125, number(0, 1), "how many of the batches are of single images, where there are images and videos"
+    )
+    drop_condition: float = _setting(
+        0.1, number(0, 1), "probability of training a clip without its condition, which guidance needs"
+    )
+    checkpointing: bool = _setting(
+        True, boolean(), "compute activations again for the gradient: less memory, a third more time"
+    )
+    precision: str = _setting(
+        "auto", choice(*PRECISION_CHOICES),
+        "of what is computed, and of frozen weights; auto is bf16 on CUDA (fp16 before Ampere), else fp32",
+    )  # fmt: skip
+    seed: int = _setting(0, integer(0, 2**63 - 1), "of all random draws")
+    save_every: int = _setting(250, integer(1, 10_000_000), "steps between two checkpoints")
+    keep: int = _setting(2, integer(1, 1000), "checkpoints that are kept")
+    validate_every: int = _setting(
+        0, integer(0, 10_000_000), "steps between two validation videos of the same seed; 0 for none"
+    )
+
+    def __post_init__(self) -> None:
+        for name, declared in self.declared().items():
+            value = declared.rule.check(name, getattr(self, name), ConfigurationError)
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    @lru_cache(maxsize=None)
+    def declared(cls) -> dict[str, Setting]:
+        """Declarations by name."""
+        return {each.name: each.metadata["setting"].named(each.name) for each in dataclasses.fields(cls)}
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrainingSettings:
+        """Return the settings of values by name; a name that is unknown is an error."""
+        for name in values:
+            if name not in cls.declared():
+                raise ConfigurationError(
+                    f"training has no setting {name!r}{did_you_mean(name, cls.declared())}"
+                )
+        return cls(**values)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, by default that of what is trained."""
+        return (1e-5 if self.full else 1e-4) if self.learning_rate is None else self.learning_rate
+
+
+#: What a resumed run may be given anew: it changes no weights on the way.
+CHANGEABLE = frozenset({"save_every", "keep", "validate_every", "checkpointing"})

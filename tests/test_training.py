@@ -1,6 +1,7 @@
 """The training loop: losses by hand, resuming to the bit, overfitting, and where training starts."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,6 +70,8 @@ def test_the_rate_rises_and_falls():
     assert schedule.at(4) == pytest.approx(0.5, rel=0.01)
     assert schedule.at(50) == pytest.approx(0.55)
     assert schedule.at(100) == schedule.at(200) == pytest.approx(0.1)
+    assert Schedule(100, 1.0, warmup=0, floor=0.1, shape="linear").at(75) == pytest.approx(0.325)
+    assert Schedule(100, 1.0, warmup=0, shape="constant").at(99) == 1
 
 
 def unet_training(steps=6, batch=2):
@@ -116,7 +119,7 @@ def test_a_failed_save_leaves_the_checkpoint_whole(tmp_path, monkeypatch):
     list(train(training, loss))
 
     def full(state, path):
-        path.write_bytes(b"half")
+        Path(path).write_bytes(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(torch, "save", full)
@@ -132,6 +135,21 @@ def test_a_loss_that_is_not_finite_stops_with_words():
     with pytest.raises(FloatingPointError, match="step 0 is nan: lower the learning rate"):
         list(train(training, lambda generator, step: (network.weight.sum() * float("nan"), {})))
     assert torch.equal(network.weight, before)
+
+
+def test_accumulated_losses_are_their_mean():
+    whole, loss = unet_training(steps=1)
+    parts, loss_of_parts = unet_training(steps=1)
+    parts.accumulate = 2
+    factors = iter([0.5, 1.5])  # whose mean is 1
+
+    def factored(generator, step):
+        return next(factors) * loss_of_parts(generator.manual_seed(3), step)[0], {}
+
+    [once], [accumulated] = list(train(whole, loss)), list(train(parts, factored))
+    assert accumulated.loss == pytest.approx(once.loss)
+    for name, value in parts.network.state_dict().items():
+        assert torch.allclose(value, whole.network.state_dict()[name], atol=1e-6), name
 
 
 def test_every_parameter_gets_a_gradient():

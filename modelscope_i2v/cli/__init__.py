@@ -30,8 +30,9 @@ from .generate import GENERATE
 from .info import INFO
 from .preview import PREVIEW
 from .score import SCORE
+from .train import TRAIN
 
-COMMANDS = (DEMO, GENERATE, ENHANCE, PREVIEW, INFO, SCORE, CONVERT, DOCTOR)
+COMMANDS = (DEMO, GENERATE, ENHANCE, PREVIEW, INFO, SCORE, TRAIN, CONVERT, DOCTOR)
 
 #: The user's to correct, as a wrong argument is; other errors of ours exit with 1.
 _EXIT_WITH_2 = (InvalidInputError, ConfigurationError, MissingFileError, MissingPackageError)

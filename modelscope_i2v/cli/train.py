@@ -21,7 +21,7 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", required=True, metavar="OUT",
         help="the run's folder: OUT/output is the result, an adapter or a model folder")  # fmt: skip
     add("--model", metavar="DIR_OR_ID",
-        help="the folder of the model to begin with, or its id on the hub (default: the published one)")  # fmt: skip
+        help="the model's folder, or its id on the hub (default: the published one)")  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     declared = dict(TrainingSettings.declared())
     add_flags(what, [declared.pop(name) for name in _WHAT])

@@ -25,12 +25,14 @@ PIPELINE_NAMES = ("image-to-video-task-pipeline", "video-to-video-pipeline")
 
 #: Preprocessors are grouped by field, not by task; this is the field that ModelScope files both tasks under.
 PREPROCESSOR_GROUP = "multi-modal"
+TRAINER_GROUP = "default"  # of all trainers
 
 #: Keys of ModelScope's index, and the module in which each has its class.
 INDEX_ENTRIES = {
     **{("MODELS", task, name): "models" for task in TASKS for name in MODEL_NAMES},
     **{("PIPELINES", task, name): "pipelines" for task in TASKS for name in PIPELINE_NAMES},
     **{("PREPROCESSORS", PREPROCESSOR_GROUP, f"{task}-preprocessor"): "preprocessors" for task in TASKS},
+    **{("TRAINERS", TRAINER_GROUP, f"{task}-trainer"): "trainers" for task in TASKS},
 }
 #: ModelScope's tables of what tasks take and give, with ours, by (module, table). The values are
 #: ModelScope's own words (InputType, OutputKeys), spelt out, as importing their modules would import torch.
@@ -54,8 +56,8 @@ def register_class(registry: Any, group: str, *names: str) -> Callable[[type], t
     """Return the class decorator with which every class of ours enters one of ModelScope's registries.
 
     Args:
-        registry: ``MODELS``, ``PIPELINES`` or ``PREPROCESSORS`` of ModelScope.
-        group: the task, or :data:`PREPROCESSOR_GROUP`.
+        registry: ``MODELS``, ``PIPELINES``, ``PREPROCESSORS`` or ``TRAINERS`` of ModelScope.
+        group: the task, :data:`PREPROCESSOR_GROUP` or :data:`TRAINER_GROUP`.
         names: within the group.
     """
 

@@ -15,8 +15,8 @@ OPTIMIZERS = ("adamw", "adamw8bit")
 RATE_SCHEDULES = ("cosine", "linear", "constant")
 
 
-def _setting(default: Any, rule: Rule, help: str, **declared: Any) -> Any:
-    return field(default=default, metadata={"setting": Setting(rule, help, **declared)})
+def _setting(default: Any, rule: Rule, help: str) -> Any:
+    return field(default=default, metadata={"setting": Setting(rule, help)})
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,12 @@ class TrainingSettings:
     """
 
     stage: str = _setting(IMAGE_TO_VIDEO, choice(*SETTINGS_OF_STAGE), "which stage's UNet is trained")
-    lora: int = _setting(
-        16, integer(1, 1024), "train adapters of this rank on the attentions' projections", metavar="RANK"
-    )
+    lora: int = _setting(16, integer(1, 1024), "train adapters of this rank on the attentions' projections")
     full: bool = _setting(False, boolean(), "train all of the UNet's weights instead")
     steps: int = _setting(1000, integer(1, 10_000_000), "updates of the weights")
+    epochs: int | None = _setting(
+        None, optional(integer(1, 1_000_000)), "train for as many steps as that often all clips take, instead"
+    )
     batch_size: int = _setting(1, integer(1, 1024), "clips that go through the network at a time")
     accumulate: int = _setting(1, integer(1, 1024), "batches whose gradients make one update")
     learning_rate: float | None = _setting(

@@ -50,9 +50,7 @@ class TensorCache:
                 save_file(tensors, temporary)
         return path
 
-    def get(
-        self, key: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]
-    ) -> dict[str, Tensor]:
+    def get(self, key: Mapping[str, Any], compute: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Return a key's tensors, computed if they are not there or cannot be read."""
         path = self.store(key, compute)
         try:

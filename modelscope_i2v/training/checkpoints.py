@@ -48,6 +48,8 @@ class Checkpoints:
         Raises:
             InvalidInputError: if it is of a run with other settings.
         """
+        for part in self.folder.glob(".i2v-*.part"):  # of a process that was killed while it wrote
+            part.unlink()
         paths = self.paths()
         if not paths:
             return False

@@ -132,13 +132,14 @@ def _captions(path: Path) -> dict[str, str]:
 
 
 def _item_of_row(row: Any, number: int) -> Item:
+    if isinstance(row, Item):
+        return row
     if not isinstance(row, Mapping):
         raise InvalidInputError(f"data: row {number}: a dict is needed, got {describe(row)}")
     video, image = _first(row, _VIDEO_KEYS), _first(row, _IMAGE_KEYS)
     if (video is None) == (image is None):
-        raise InvalidInputError(
-            f"data: row {number}: either 'video' or 'image' is needed, got {', '.join(map(str, row)) or 'none'}"
-        )
+        found = ", ".join(map(str, row)) or "none"
+        raise InvalidInputError(f"data: row {number}: either 'video' or 'image' is needed, got {found}")
     text = _first(row, _TEXT_KEYS)
     return Item(image if video is None else video, video is not None, "" if text is None else str(text))
 
@@ -152,16 +153,17 @@ def sizes_near(size: tuple[int, int], unet: UNetConfig, downscale: int) -> list[
 
     All are sizes that the UNet takes as they are. The first is ``size`` itself, or the next such one.
     """
-    width, height = size
-    area, own = width * height, width / height
-    sizes = []
-    for ratio in (own, 16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16):
-        wanted = (width, height) if ratio == own else (math.sqrt(area * ratio), math.sqrt(area / ratio))
-        up = math.ceil if ratio == own else round
-        rows, columns = unet.padded_size(*(max(up(side / downscale), 1) for side in reversed(wanted)))
-        found = columns * downscale, rows * downscale
-        if all(abs(math.log(found[0] / found[1] * other[1] / other[0])) > 0.1 for other in sizes):
-            sizes.append(found)
+    width, height = (side / downscale for side in size)
+    half_a_step = 2 ** (len(unet.dim_mult) - 1) // 2  # of the sizes that are taken; it rounds up
+    sizes: list[tuple[int, int]] = []
+    for ratio in (None, 16 / 9, 4 / 3, 1.0, 3 / 4, 9 / 16):
+        if ratio is None:
+            rows, columns = unet.padded_size(math.ceil(height), math.ceil(width))
+        else:
+            wanted = math.sqrt(width * height / ratio), math.sqrt(width * height * ratio)
+            rows, columns = unet.padded_size(*(max(round(side) - half_a_step, 1) for side in wanted))
+        if all(abs(math.log(columns / rows * other[1] / other[0])) > 0.1 for other in sizes):
+            sizes.append((columns * downscale, rows * downscale))
     return sizes
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 
@@ -24,7 +25,17 @@ from ..media.preprocessing import ClipImageTransform, VideoTransform
 from ..settings.training import TrainingSettings
 from ..weights import find_checkpoint
 from .cache import TensorCache, content_hash, file_identity
-from .data import Clip, Item, clip_of_image, clips_of_video, fitted, frames_of, nearest_size, probe, sizes_near
+from .data import (
+    Clip,
+    Item,
+    clip_of_image,
+    clips_of_video,
+    fitted,
+    frames_of,
+    nearest_size,
+    probe,
+    sizes_near,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +120,15 @@ class Encoder:
         files = {clip: self.cache.path(key) for clip, key in zip(clips, keys)}
         missing = [clip for clip in clips if not files[clip].exists()]
         for clip, frames in _read_clips(item, missing):
-            self.cache.store(keys[clips.index(clip)], lambda frames=frames, clip=clip: self._latents(clip, frames))
+            self.cache.store(keys[clips.index(clip)], partial(self._latents, clip, frames))
         texts: tuple[Path, ...] = ()
         if not self._in_clip_tower:
             prompt = item.text + self.stage.settings.positive_prompt  # type: ignore[attr-defined]
             texts = (self.cache.store(self._text_key(prompt), lambda: {"y": self._text(prompt)}),)
         return [
-            EncodedClip(clip, item.name, item.text, (files[clip], *texts)) for clip in clips if files[clip].exists()
+            EncodedClip(clip, item.name, item.text, (files[clip], *texts))
+            for clip in clips
+            if files[clip].exists()
         ]
 
     def _clips(self, item: Item, content: str) -> list[Clip]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import __version__
@@ -26,8 +27,8 @@ from .cache import TensorCache
 from .checkpoints import Checkpoints
 from .data import read_items
 from .encoding import EncodedClip, Encoder, draw_clips
-from .lora import add_lora, save_adapter
 from .loop import Schedule, StepState, Training, train
+from .lora import add_lora, save_adapter
 from .memory import add_checkpointing, estimate_training_memory
 from .objective import Batch, Objective
 from .processes import join_processes
@@ -36,6 +37,7 @@ from .results import ADAPTER, write_model, write_validation_videos
 logger = logging.getLogger(__name__)
 
 _STAGES: dict[str, type[Stage]] = {each.name: each for each in (ImageToVideo, VideoToVideo)}
+_VALIDATION_VIDEOS = 4  # at most
 _EVALUATION_DRAWS = 4  # of noise and timestep, for each clip
 
 
@@ -50,8 +52,8 @@ class FineTuning:
         data: what to train on, as ``read_items`` takes it.
         folder: of the run.
         settings: what to do.
-        validation: inputs of the validation videos, as ``read_items`` takes them; by default the first of
-            the data.
+        validation: inputs of the validation videos, as ``read_items`` takes them, of which the first four
+            are used; by default the first of the data.
         resume: go on from the folder's last checkpoint, if it has one.
         cache: a folder for latents and embeddings, which several runs may share.
         device: by default a GPU where there is one.
@@ -86,18 +88,20 @@ class FineTuning:
         if any((self.folder / "checkpoints").glob("step-*.pt")) and not resume:
             raise InvalidInputError(f"'{folder}' holds a run already: resume it, or give another folder")
         items = read_items(data)
-        self._validation = items[:1] if validation is None else read_items(validation)
+        self._validation = items[:1] if validation is None else read_items(validation)[:_VALIDATION_VIDEOS]
         self.processes = join_processes()
         self.device = self.processes.device or resolve_device(device)
         self.dtype = training_dtype(settings.precision, self.device)
         self.stage = _load(model, settings, self.device, self.dtype)
-        cache = TensorCache(cache or self.folder / "cache")
-        self.encoder = Encoder(self.stage, settings, cache, self.device)
+        kept = TensorCache(cache or self.folder / "cache")
+        self.encoder = Encoder(self.stage, settings, kept, self.device)
         if self.processes.count > 1:  # each computes its share; then all read everything
             self.encoder.encode_share(items[self.processes.rank :: self.processes.count])
             self.processes.wait()
         self.clips = self.encoder.encode(items, progress)
+        self.settings = settings = self._in_steps()
         self.objective = _objective(self.stage, settings, self.encoder)
+        self._make_trainable()
         self._say_what_is_trained()
         self.training = self._begin()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", settings, self.clips)
@@ -187,29 +191,40 @@ class FineTuning:
     def _is_main(self) -> bool:
         return self.processes.rank == 0
 
+    def _in_steps(self) -> TrainingSettings:
+        """Return the settings with as many steps as their epochs take."""
+        settings = self.settings
+        if settings.epochs is None:
+            return settings
+        clips_of_a_step = settings.batch_size * settings.accumulate * self.processes.count
+        steps = math.ceil(settings.epochs * len(self.clips) / clips_of_a_step)
+        return dataclasses.replace(settings, steps=steps, epochs=None)
+
     def _say_what_is_trained(self) -> None:
         videos = [each for each in self.clips if each.clip.frames > 1]
         self.echo(f"{len(videos)} clips and {len(self.clips) - len(videos)} images, on {self.device}")
         largest = max(self.clips, key=lambda each: each.clip.frames * each.clip.size[0] * each.clip.size[1])
-        shape = largest.tensors()["mean"].shape
-        latent = (shape[1], shape[2], shape[3])
-        unet = self.stage.settings.unet
-        self.memory = estimate_training_memory(unet, self.settings, latent, self.dtype)
-        name = precision_name(self.dtype)
-        self.echo(f"training in {name} with {self.settings.batch_size} clips at a time takes {self.memory}")
+        frames, height, width = largest.tensors()["mean"].shape[1:]
+        unet = self.stage.unet
+        self.memory = estimate_training_memory(unet, self.settings, (frames, height, width), self.dtype)
+        trained = sum(each.numel() for each in unet.parameters() if each.requires_grad)
+        self.echo(f"{trained:,} weights to train in {precision_name(self.dtype)}: it takes {self.memory}")
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
             if self.memory.total > free:
                 logger.warning("that is more than the %.1f GiB that are free on the GPU", free / 2**30)
 
-    def _begin(self) -> Training:
-        """Make the UNet trainable, put it where it is trained, and start."""
+    def _make_trainable(self) -> None:
+        """Choose what of the UNet is trained; it stays where it is."""
         settings, unet = self.settings, self.stage.unet
         if settings.full:
             unet.requires_grad_(True)
         else:
             add_lora(unet, settings.lora, generator=torch.Generator().manual_seed(settings.seed))
-        unet.to(self.device)
+
+    def _begin(self) -> Training:
+        """Put the UNet where it is trained, and start."""
+        settings, unet = self.settings, self.stage.unet.to(self.device)
         self._predict, no_sync = self.processes.shared(unet)
         training = Training(
             unet,
@@ -264,9 +279,7 @@ def training_dtype(precision: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def _load(
-    model: str | Path, settings: TrainingSettings, device: torch.device, dtype: torch.dtype
-) -> Stage:
+def _load(model: str | Path, settings: TrainingSettings, device: torch.device, dtype: torch.dtype) -> Stage:
     """Load a stage whose networks wait on the CPU; weights that are all trained are float32."""
     precision = "fp32" if settings.full else precision_name(dtype)
     stage = _STAGES[settings.stage].load(model, device, precision=precision, low_memory=True, compile=False)

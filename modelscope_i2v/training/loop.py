@@ -103,7 +103,8 @@ class Training:
         Raises:
             FloatingPointError: if a loss is not finite.
         """
-        mean, figures = 0.0, {}
+        mean = 0.0
+        figures: Mapping[str, float] = {}
         for number in range(self.accumulate):
             last = number == self.accumulate - 1
             with nullcontext() if last else self.no_sync():

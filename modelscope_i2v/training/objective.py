@@ -75,7 +75,9 @@ class Objective:
         dropped = (torch.rand(count, generator=generator) < self.drop).to(device)
 
         x0 = SCALE_FACTOR * (batch.mean + torch.exp(0.5 * batch.logvar) * posterior_noise)
-        alpha, sigma = (levels[t].float().to(device) for levels in (self.schedule.alphas, self.schedule.sigmas))
+        alpha, sigma = (
+            levels[t].float().to(device) for levels in (self.schedule.alphas, self.schedule.sigmas)
+        )
         x = alpha.view(-1, 1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1, 1) * noise
         y = torch.where(dropped.view(-1, 1, 1), self.unconditional.to(batch.y), batch.y)
         fps = {"fps": batch.fps} if self.takes_fps else {}

@@ -38,7 +38,9 @@ def write_model(
     if not (folder / FILE_NAME).exists():
         convert_folder(base, folder, "fp16", progress=False)
     path = find_checkpoint(folder, load_settings(folder, stage).ckpt_unet)
-    metadata = {name: each if isinstance(each, str) else json.dumps(each) for name, each in (origin or {}).items()}
+    metadata = {
+        name: each if isinstance(each, str) else json.dumps(each) for name, each in (origin or {}).items()
+    }
     halves = {name: each.detach().half().cpu().contiguous() for name, each in unet.state_dict().items()}
     with atomic_file(path) as temporary:
         save_file(halves, temporary, metadata={"format": "pt", **metadata})

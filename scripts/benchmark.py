@@ -27,6 +27,7 @@ from benchmarking import rows as measure  # noqa: E402
 from benchmarking.cases import SIZES, size_named, write_configuration  # noqa: E402
 from benchmarking.measuring import Row  # noqa: E402
 from benchmarking.stock import import_stock  # noqa: E402
+from benchmarking.training import training_rows  # noqa: E402
 
 from modelscope_i2v import __version__  # noqa: E402
 
@@ -52,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="ours with the setting compile")
     add("--threads", type=_positive, help="of a CPU (default: torch's own choice)")
     add("--rows", type=_kinds, default=measure.DEFAULT_KINDS, metavar="KIND,...",
-        help=f"only these: {', '.join(measure.KINDS)}; all (default: all but the last two)")  # fmt: skip
+        help=f"only these: {', '.join(measure.KINDS)}; all (default: all but the last three)")  # fmt: skip
     add("--folder", type=Path, help="keep the weights here, and use those that are here (default: a "
         "temporary folder); full writes 15 GB for one stage, 21 GB for both")  # fmt: skip
     add("--profile", action="store_true", help="also print torch's profile of one guided step of each side")
@@ -140,6 +141,11 @@ def tables(options: measure.Options, stages: Sequence[int]) -> str:
         memory = "peak device memory" if options.device.type == "cuda" else "peak growth of the process"
         titles = [f"ours, one step ({computed})", "windows", "seconds", "s / frame", "s / window", memory]
         cells = [line for stage in stages for line in measure.length_rows(stage, options)]
+        parts.append(padded([titles, *cells]))
+    if "training" in kinds:
+        memory = "peak device memory" if options.device.type == "cuda" else "peak growth of the process"
+        titles = [f"training, one step of one clip ({options.precision})", "seconds", memory]
+        cells = [line for stage in stages for line in training_rows(stage, options)]
         parts.append(padded([titles, *cells]))
     return "\n\n".join(part for part in parts if part) + "\n"
 

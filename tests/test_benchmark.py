@@ -85,6 +85,18 @@ def test_each_row_has_numbers(run, monkeypatch):
 
 
 @pytest.mark.slow
+def test_training_is_measured(run, monkeypatch):
+    monkeypatch.setattr(rows, "in_fresh_process", lambda function, *given: function(*given))  # sooner
+    status, found = run("--stage", "1", "--precision", "fp32", "--rows", "training")
+    assert status == 0
+    for name in ("LoRA", "LoRA, checkpointing", "all weights", "all weights, checkpointing"):
+        took, held = found.pop(f"stage 1: {name}")
+        assert took.endswith(" s") and held.endswith(" MiB"), name
+    computed, read = (float(cells[0].split()[0]) for cells in found.values())
+    assert computed > read
+
+
+@pytest.mark.slow
 def test_loading_is_measured(run, monkeypatch):
     monkeypatch.setattr(rows, "in_fresh_process", lambda function, *given: function(*given))  # sooner
     status, found = run("--stage", "1", "--precision", "fp32", "--rows", "loading")

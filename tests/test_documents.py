@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modelscope_i2v import cli
 from modelscope_i2v.settings.stages import SETTINGS_OF_STAGE, call_settings
-from modelscope_i2v.settings.tables import TABLES, keywords_table, settings_table, with_tables
+from modelscope_i2v.settings.tables import keywords_table, settings_table, training_table, with_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,12 +60,18 @@ def test_limits_are_as_documented():
 
 def test_its_tables_are_those_of_the_declarations():
     assert with_tables(README) == README, "run python -m modelscope_i2v.settings.tables README.md"
-    for name, table in TABLES.items():
+    for name, table in (("settings", settings_table), ("keywords", keywords_table)):
         assert f"<!-- {name}:begin -->\n{table()}<!-- {name}:end -->" in README
     settings = {name for stage in SETTINGS_OF_STAGE.values() for name in stage.names()}
     assert set(re.findall(r"^\| `(\w+)`", settings_table(), re.MULTILINE)) == settings
     keywords = {each.keyword for stage in SETTINGS_OF_STAGE for each in call_settings(stage).values()}
     assert set(re.findall(r"^\| `(\w+)`", keywords_table(), re.MULTILINE)) == keywords
+
+
+def test_the_table_of_training_is_that_of_the_declarations():
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert with_tables(text) == text, "run python -m modelscope_i2v.settings.tables docs/training.md"
+    assert f"<!-- training:begin -->\n{training_table()}<!-- training:end -->" in text
 
 
 def test_its_two_commands_are_those_that_are_run():

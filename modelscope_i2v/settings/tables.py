@@ -1,6 +1,6 @@
-"""The README's tables of settings and keywords, made from the declarations.
+"""The documents' tables of settings and keywords, made from the declarations.
 
-``python -m modelscope_i2v.settings.tables README.md`` writes them between the README's markers.
+``python -m modelscope_i2v.settings.tables README.md`` writes them between the document's markers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Iterable, Sequence
 
 from .stages import SETTINGS_OF_STAGE, Setting, call_settings
+from .training import TrainingSettings
 
 
 def settings_table() -> str:
@@ -36,7 +37,17 @@ def keywords_table() -> str:
     return _table(("keyword", "stage", "flag", "meaning"), rows)
 
 
-TABLES = {"settings": settings_table, "keywords": keywords_table}
+def training_table() -> str:
+    """Return the table of the settings of training, which are keywords and flags."""
+    defaults = TrainingSettings()
+    rows = [
+        (f"`{name}`", f"`--{each.flag}`", _default(getattr(defaults, name)), each.help)
+        for name, each in TrainingSettings.declared().items()
+    ]
+    return _table(("setting", "flag", "default", "meaning"), rows)
+
+
+TABLES = {"settings": settings_table, "keywords": keywords_table, "training": training_table}
 
 
 def with_tables(text: str) -> str:

@@ -245,8 +245,9 @@ class FineTuning:
     def _loss(self, generator: torch.Generator, step: int) -> tuple[Tensor, Mapping[str, float]]:
         generator = self.processes.own(generator)
         clips = draw_clips(self.clips, self.settings.batch_size, self.settings.image_share, generator)
+        batch = self._batch(clips)
         with self._autocast():
-            return self.objective.loss(self._predict, self._batch(clips), generator), {}
+            return self.objective.loss(self._predict, batch, generator), {}
 
     def _batch(self, clips: Sequence[EncodedClip]) -> Batch:
         batch = vars(Batch.of(clips))

@@ -34,9 +34,9 @@ from .stock import Stock, import_stock
 
 #: The kinds of rows that have the stock beside ours; ours beside ours; and ours alone.
 STOCK_KINDS = ("step", "encode", "decode", "stage", "loading", "memory")
-KINDS = (*STOCK_KINDS, "precision", "approximate", "length")
-#: Without what takes several videos with all their steps, or long ones.
-DEFAULT_KINDS = KINDS[:-2]
+KINDS = (*STOCK_KINDS, "precision", "approximate", "length", "training")
+#: Without what takes several videos with all their steps, or long ones, or trains.
+DEFAULT_KINDS = KINDS[:-3]
 
 TOLERANCE = 1e-4  # the largest relative difference of two float32 sides
 _CHECKED_STEPS = 2  # they pass both branches of guidance through the whole UNet twice or thrice

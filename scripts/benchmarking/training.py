@@ -5,39 +5,47 @@ from __future__ import annotations
 import itertools
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import torch
 
 from modelscope_i2v.media.video import Video
 from modelscope_i2v.settings.training import TrainingSettings
+from modelscope_i2v.training.data import read_items
 from modelscope_i2v.training.fine_tuning import FineTuning
 from modelscope_i2v.training.scenes import draw
 
-from .cases import TASKS
+from .cases import TASKS, read_settings
 from .measuring import MIB, Missing, Samples, forget_peak, peak_bytes, seconds
-from .rows import Options
-
-TITLES = ("seconds of a step", "memory in a step")
+from .rows import Options, Row
 
 
 def training_rows(stage: int, options: Options) -> list[list[str]]:
-    """The cells of adapters and all weights, with checkpointing and without, and of a clip's latents."""
-    cells, encoding = [], None
-    for full, checkpointing in itertools.product((False, True), (False, True)):
-        what = "all weights" if full else "LoRA"
-        name = f"stage {stage}: {what}, {'with' if checkpointing else 'without'} checkpointing"
-        options.report(f"{name}: in a new process")
-        found = options.in_process(train_steps, stage, full, checkpointing, options.repeats)
-        if isinstance(found, Missing):
-            cells.append([name, str(found), str(found)])
-            continue
-        times, mib, encoding = found
-        cells.append([name, str(Samples(times)), str(Samples((mib,), "MiB"))])
-    if encoding is not None:
-        for how, took in zip(("computed", "from the cache"), encoding):
-            cells.append([f"stage {stage}: a clip's latents, {how}", str(Samples((took,))), "-"])
-    return cells
+    """The cells of adapters and all weights, without checkpointing and with it, and of a clip's latents."""
+    ways = {
+        f"stage {stage}: {'all weights' if full else 'LoRA'}{', checkpointing' if kept else ''}": (full, kept)
+        for full, kept in itertools.product((False, True), (False, True))
+    }
+    computed, read = (f"stage {stage}: a clip's latents, {how}" for how in ("computed", "from the cache"))
+
+    def measure() -> list[Row]:
+        rows, encoding = [], Missing("no run got so far")
+        for name, way in ways.items():
+            options.report(f"{name}: in a new process")
+            found = options.in_process(train_steps, stage, *way, options.repeats)
+            if isinstance(found, Missing):
+                rows.append(Row(name, found, found))
+                continue
+            times, mib, encoding = found
+            rows.append(Row(name, Samples(times), Samples((mib,), "MiB")))
+        cells = encoding if isinstance(encoding, tuple) else (encoding, encoding)
+        return [
+            *rows,
+            *(Row(name, cell, Missing("is not measured")) for name, cell in zip((computed, read), cells)),
+        ]
+
+    rows = options.measured(stage, [*ways, computed, read], measure)
+    return [[row.name, str(row.first), str(row.second)] for row in rows]
 
 
 def train_steps(
@@ -49,20 +57,17 @@ def train_steps(
     full: bool,
     checkpointing: bool,
     repeats: int,
-) -> tuple[tuple[float, ...], float, tuple[float, float]]:
-    """Seconds of ``repeats`` steps, the most MiB held in them, and seconds of encoding a clip twice."""
+) -> tuple[tuple[float, ...], float, tuple[Samples, Samples]]:
+    """Seconds of steps, the most MiB held in them, and seconds of a clip's encoding and of its reading."""
     settings = TrainingSettings(
         stage=TASKS[stage], full=full, checkpointing=checkpointing, steps=repeats + 1, precision=precision
     )
+    frames, size = read_settings(folder, stage).max_frames, read_settings(folder, stage).frame_size
     with tempfile.TemporaryDirectory() as temporary:
-        run: Any = FineTuning(folder, [_clip(0)], temporary, settings, device=device, progress=False)
-        from modelscope_i2v.training.data import read_items
-
-        other = read_items([_clip(1)])
-        encoding = (
-            seconds(lambda: run.encoder.encode(other, False)),
-            seconds(lambda: run.encoder.encode(other, False)),
-        )
+        data = _clip(0, frames, size)
+        run = FineTuning(folder, data, temporary, settings, device=device, progress=False)
+        items = read_items(_clip(1, frames, size))
+        took = [Samples((seconds(lambda: run.encoder.encode(items, False)),)) for _ in range(2)]
         states = run.states()
         next(states)  # to warm up
         on_gpu = run.device.type == "cuda"
@@ -71,9 +76,9 @@ def train_steps(
         before = 0 if on_gpu else forget_peak()
         times = tuple(seconds(lambda: next(states)) for _ in range(repeats))
         peak = torch.cuda.max_memory_allocated(run.device) if on_gpu else peak_bytes()
-    return times, (peak - before) / MIB, encoding
+    return times, (peak - before) / MIB, (took[0], took[1])
 
 
-def _clip(seed: int) -> dict[str, Any]:
-    frames, caption = draw(seed, 32, (448, 256), fps=8)
-    return {"video": Video(frames, 8.0), "text": caption}
+def _clip(seed: int, frames: int, size: tuple[int, int]) -> Iterable[dict[str, Any]]:
+    drawn, caption = draw(seed, frames, size, fps=8)
+    return [{"video": Video(drawn, 8.0), "text": caption}]

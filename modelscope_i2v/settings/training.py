@@ -9,7 +9,7 @@ from typing import Any, Mapping
 
 from ..errors import ConfigurationError
 from .rules import Rule, boolean, choice, did_you_mean, integer, number, optional, size
-from .stages import IMAGE_TO_VIDEO, PRECISION_CHOICES, SETTINGS_OF_STAGE, Setting
+from .stages import IMAGE_TO_VIDEO, PRECISION_CHOICES, SETTINGS_OF_STAGE, Setting, StageSettings
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 RATE_SCHEDULES = ("cosine", "linear", "constant")
@@ -105,6 +105,11 @@ class TrainingSettings:
                     f"training has no setting {name!r}{did_you_mean(name, cls.declared())}"
                 )
         return cls(**values)
+
+    def shape_of_clips(self, model: StageSettings) -> tuple[int, int, tuple[int, int]]:
+        """Return frames, frames per second and (width, height): those of a model's settings by default."""
+        fps = 8 if isinstance(model.target_fps, str) else model.target_fps  # "source": of what is given
+        return self.frames or model.max_frames, self.fps or fps, self.size or model.frame_size
 
     @property
     def rate(self) -> float:

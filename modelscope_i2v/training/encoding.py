@@ -67,11 +67,9 @@ class Encoder:
     def __init__(self, stage: Stage, settings: TrainingSettings, cache: TensorCache, device: torch.device):
         self.stage, self.cache, self.device = stage, cache, device
         own = stage.settings
-        self.frames = settings.frames or own.max_frames
-        self.fps = settings.fps or own.target_fps
+        self.frames, self.fps, size = settings.shape_of_clips(own)
         self.most = settings.clips
-        scale = own.autoencoder.downscale
-        self.sizes = sizes_near(settings.size or own.frame_size, own.unet, scale)
+        self.sizes = sizes_near(size, own.unet, own.autoencoder.downscale)
         files = (find_checkpoint(stage.folder, name) for name in (own.ckpt_autoencoder, own.ckpt_clip))
         self._identity = {
             "stage": stage.name,

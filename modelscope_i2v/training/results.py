@@ -54,9 +54,8 @@ def write_validation_videos(
     Stage one gets an item's first frame, stage two its video at half the size.
     """
     own = stage.settings
-    size = settings.size or own.frame_size
+    frames, fps, size = settings.shape_of_clips(own)
     keywords: dict[str, Any] = {"seed": settings.seed, "resolution": size, "progress": False}
-    frames, fps = settings.frames or own.max_frames, settings.fps or own.target_fps
     paths = []
     for number, item in enumerate(items):
         source: Any

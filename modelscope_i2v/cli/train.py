@@ -6,9 +6,9 @@ import argparse
 import os
 
 from ..settings.training import TrainingSettings
-from .command import Command, echo
+from .command import Command, echo, without_none
 from .flags import PROGRESS, add_flags, values_of
-from .stages import HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO, check_device, downloaded_folder
+from .stages import HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO, StageRun
 
 #: What decides which weights are trained: one of the two.
 _WHAT = ("lora", "full")
@@ -35,13 +35,14 @@ def _add_train_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train(arguments: argparse.Namespace) -> None:
     settings = TrainingSettings.of(values_of(arguments, TrainingSettings.declared().values()))
-    check_device(arguments.device)
-    from ..training.fine_tuning import FineTuning
-
     published = {"image-to-video": HUB_ID_IMAGE_TO_VIDEO, "video-to-video": HUB_ID_VIDEO_TO_VIDEO}
     model = os.path.expanduser(arguments.model or published[settings.stage])
+    start = StageRun(settings.stage, model, without_none(device=arguments.device), {})
+    start.check()
+    from ..training.fine_tuning import FineTuning
+
     run = FineTuning(
-        downloaded_folder(model),
+        start.downloaded().model,
         os.path.expanduser(arguments.data),
         os.path.expanduser(arguments.output),
         settings,

@@ -17,14 +17,7 @@ from ..settings.rules import nearest
 from ..settings.training import TrainingSettings
 from ..training.data import read_items
 from ..training.fine_tuning import FineTuning
-from .registration import (
-    IMAGE_TO_VIDEO,
-    IMAGE_TO_VIDEO_TRAINER,
-    TRAINER_GROUP,
-    VIDEO_TO_VIDEO,
-    VIDEO_TO_VIDEO_TRAINER,
-    register_class,
-)
+from .registration import IMAGE_TO_VIDEO, TRAINER_GROUP, VIDEO_TO_VIDEO, register_class
 
 logger = get_logger()
 
@@ -131,14 +124,14 @@ class StageTrainer(BaseTrainer):
         return self.run.evaluate(self.eval_dataset)
 
 
-@register_class(TRAINERS, TRAINER_GROUP, IMAGE_TO_VIDEO_TRAINER)
+@register_class(TRAINERS, TRAINER_GROUP, "image-to-video-trainer")
 class ImageToVideoTrainer(StageTrainer):
     """Trains stage one."""
 
     stage = IMAGE_TO_VIDEO
 
 
-@register_class(TRAINERS, TRAINER_GROUP, VIDEO_TO_VIDEO_TRAINER)
+@register_class(TRAINERS, TRAINER_GROUP, "video-to-video-trainer")
 class VideoToVideoTrainer(StageTrainer):
     """Trains stage two."""
 

@@ -262,6 +262,11 @@ def first(small_model) -> ImageToVideo:
 
 
 @pytest.fixture(scope="module")
+def second(small_model) -> VideoToVideo:
+    return VideoToVideo.load(small_model[1], "cpu", **SMALL)
+
+
+@pytest.fixture(scope="module")
 def plain(first, picture) -> bytes:
     return first(picture).to_bytes()
 
@@ -310,8 +315,8 @@ def test_a_pipeline_takes_modelscopes_word(stage, small_model, inputs, output):
         pipe(inputs[stage], lora_dir=output[other])
 
 
-def test_both_stages_have_their_own(small_model, picture, output):
-    plain = TwoStages.load(*small_model, device="cpu", **SMALL)
+def test_both_stages_have_their_own(first, second, small_model, picture, output):
+    plain = TwoStages(first, second)
     stages = TwoStages.load(
         *small_model, device="cpu", **SMALL, lora=output[ONE], refine_lora=output[TWO], refine_lora_scale=0.5
     )
@@ -400,8 +405,17 @@ def test_settings_of_adapters_are_checked(first, keywords, words):
         first.resolve(keywords)
 
 
-def test_a_request_with_adapters_goes_through_json(small_model, output):
-    stage = VideoToVideo.load(small_model[1], "cpu")
-    request, _ = stage.resolve({"lora": [output[TWO], output[TWO]], "lora_scale": [0.5, 2], "seed": 1})
+def test_a_request_with_adapters_goes_through_json(second, output):
+    request, _ = second.resolve({"lora": [output[TWO], output[TWO]], "lora_scale": [0.5, 2], "seed": 1})
     assert request.lora_scale == (0.5, 2.0)
     assert Request.from_json(request.to_json()) == request
+
+
+def test_a_record_is_of_the_request_whatever_is_merged(first, second, picture, output):
+    """Long work compares it with what it was begun with, before anything is merged."""
+    request, _ = second.resolve({"lora": output[TWO], "seed": 1})
+    before = second.record(request)
+    digest = hashlib.sha256((output[TWO] / "adapter.safetensors").read_bytes()).hexdigest()
+    assert before["lora_sha256"] == [digest]
+    second(first(picture), lora=[output[TWO], output[TWO]], seed=1)
+    assert second.record(request) == before

@@ -23,7 +23,7 @@ from ..settings.record import configuration_sha256, record
 from ..settings.request import Request
 from ..settings.stages import StageSettings
 from ..weights import load_weights
-from ..weights.adapters import MergedAdapters, check_adapter, find_adapter
+from ..weights.adapters import MergedAdapters, check_adapter, file_sha256, find_adapter
 from ..weights.loading import precision_name
 from ..weights.parts import stage_parts
 from .compilation import CompiledBlocks
@@ -152,7 +152,7 @@ class Stage(nn.Module):
         precision = precision_name(self.unet.dtype)
         entries = {**record(request, self.folder, self.configuration_sha256, precision), **more}
         if request.lora:
-            entries["lora_sha256"] = [sha256 for sha256, _ in self._adapters.merged]
+            entries["lora_sha256"] = [file_sha256(find_adapter(path, self.folder)) for path in request.lora]
         return entries
 
     def _use_adapters(self, request: Request) -> None:

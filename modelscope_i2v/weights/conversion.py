@@ -160,9 +160,9 @@ def _new_folder(output: Any, sources: Sequence[Path]) -> Iterator[tuple[Path, Pa
         for source in sources:
             if Path(os.path.realpath(source)) in (target, *target.parents):
                 raise OutputError(f"cannot write {shown!r}: it is, or is in, the model folder '{source}'")
-        if os.path.isfile(shown):
+        if target.is_file():
             raise OutputError(f"cannot write {shown!r}: it is a file, not a folder")
-        held = sorted(os.listdir(shown)) if os.path.lexists(shown) else []
+        held = sorted(os.listdir(target)) if os.path.lexists(target) else []
         if held:
             fault = f"it is not empty, it holds {held[0]!r}; give a new folder, or empty it"
             raise OutputError(f"cannot write {shown!r}: {fault}")

@@ -14,6 +14,7 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
+from pretended_gpu import pretended_gpu
 from torch import nn
 
 from modelscope_i2v.errors import CheckpointError, MissingFileError, NotEnoughMemoryError
@@ -298,6 +299,16 @@ def test_weights_that_are_not_finite_are_named(tmp_path, monkeypatch, save):
             CheckpointError, match=r"1 of its .*\('net.scale'\); .* NaN or infinity in the file"
         ):
             load_weights(network_on_meta(), path, "net.", dtype=dtype)
+
+
+def test_weights_are_checked_on_a_gpu_too(tmp_path):
+    torch.save({"weight": torch.tensor([[1.0, 65520.0]])}, tmp_path / "weights")
+    network = nn.Linear(2, 1, bias=False)
+    with pretended_gpu() as gpu:
+        load_weights(network, tmp_path / "weights", device=gpu, dtype=torch.bfloat16)
+        assert network.weight.is_cuda
+        with pytest.raises(CheckpointError, match="65520, and fp16 goes up to 65504"):
+            load_weights(network, tmp_path / "weights", device=gpu, dtype=torch.float16)
 
 
 def test_memory_that_really_runs_out(tmp_path):

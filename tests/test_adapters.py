@@ -351,7 +351,10 @@ def test_half_precision_and_another_unet(small_model, picture, output):
     assert adapted != plain and stage.unet.dtype == torch.bfloat16
     assert stage(picture).to_bytes() == plain
     stage(picture, lora=output[ONE])
+    first_unet = stage.unet
     stage.unet = ImageToVideo.load(small_model[0], "cpu", precision="bf16").unet
+    assert stage(picture, lora=output[ONE]).to_bytes() == adapted
+    stage.unet = first_unet
     assert stage(picture, lora=output[ONE]).to_bytes() == adapted
     assert stage(picture).to_bytes() == plain
 

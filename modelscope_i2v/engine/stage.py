@@ -157,7 +157,8 @@ class Stage(nn.Module):
 
     def _use_adapters(self, request: Request) -> None:
         """Give the UNet a request's adapters, and take others out."""
-        if self._adapters.network is not self.unet:  # somebody has assigned another
+        if self._adapters.network is not self.unet:  # somebody has assigned another, and may assign it back
+            self._adapters.remove()
             self._adapters = MergedAdapters(self.unet, self.name)
         paths = [find_adapter(path, self.folder) for path in request.lora]
         self._adapters.use(list(zip(paths, request.lora_scale)))

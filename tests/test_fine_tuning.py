@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -294,6 +295,13 @@ def test_epochs_are_as_many_steps_as_the_clips_take(begin):
     assert begin(epochs=3, batch_size=2, accumulate=2).settings.steps == 3  # 3 x 4 clips / 4
 
 
+def test_stage_two_warns_where_captions_are_missing(models, data, tmp_path, caplog):
+    rows = [{"video": str(data / "0.mp4")}, {"video": str(data / "1.mp4"), "text": "a cat"}]
+    settings = TrainingSettings(stage=STAGES[1], lora=1, size=(128, 80))
+    FineTuning(models[STAGES[1]], rows, tmp_path / "run", settings)
+    assert "1 of 2 clips have no caption" in caplog.text
+
+
 def test_precision_is_the_devices():
     assert training_dtype("auto", CPU) == torch.float32
     assert training_dtype("bf16", CPU) == torch.bfloat16
@@ -345,6 +353,29 @@ def test_the_command_trains_and_its_adapter_is_used(models, data, cache, tmp_pat
     assert "resume" in capsys.readouterr().err
     assert cli.main([*arguments, "--resume"]) == 0
     assert cli.main([*arguments, "--full"]) == 2
+
+
+@pytest.mark.slow
+def test_several_processes_train_one_adapter(models, data, tmp_path):
+    """With half of the clips each, and with the mean of their gradients."""
+    arguments = [
+        str(data),
+        "-o",
+        str(tmp_path / "out"),
+        "--model",
+        str(models[STAGES[0]]),
+        "--size",
+        "128x64",
+    ]
+    arguments += ["--steps", "2", "--accumulate", "2", "--lora", "2", "--save-every", "1"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "modelscope_i2v", "train", *arguments]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 clips and 1 images") == 1
+    assert load_file(tmp_path / "out" / "output" / "adapter.safetensors")
+    assert len(list((tmp_path / "out" / "checkpoints").iterdir())) == 2
 
 
 def test_the_command_names_faults(data, tmp_path, capsys):

@@ -54,7 +54,7 @@ def _train(arguments: argparse.Namespace) -> None:
         echo=echo,
     )
     output = run.train()
-    echo(f"{output}: {'a model' if settings.full else 'an adapter'} after {run.training.step} steps")
+    run.echo(f"{output}: {'a model' if settings.full else 'an adapter'} after {run.training.step} steps")
 
 
 TRAIN = Command(

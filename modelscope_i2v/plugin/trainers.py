@@ -159,7 +159,7 @@ def _with_train_section(cfg: Config) -> dict[str, Any]:
     for section, names in _MODELSCOPE_SECTIONS.items():
         defaults[section] = {theirs: own[ours] for theirs, ours in names.items()}
     train = ConfigDict(defaults)
-    for name, value in (cfg.get("train") or {}).items():
+    for name, value in (getattr(cfg, "train", None) or {}).items():
         is_section = isinstance(value, Mapping) and isinstance(defaults.get(name), dict)
         train[name] = {**train[name], **value} if is_section else value
     cfg.train = train

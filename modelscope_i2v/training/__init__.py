@@ -1,1 +1,1 @@
-"""Training: procedural scenes, losses, one plain loop. It shares the lower floors with the engine."""
+"""Training: one plain loop, what is learned, from what, and adapters; the small model and its scenes."""

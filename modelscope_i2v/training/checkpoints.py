@@ -49,7 +49,7 @@ class Checkpoints:
             InvalidInputError: if it is of a run with other settings.
         """
         for part in self.folder.glob(".i2v-*.part"):  # of a process that was killed while it wrote
-            part.unlink()
+            part.unlink(missing_ok=True)
         paths = self.paths()
         if not paths:
             return False

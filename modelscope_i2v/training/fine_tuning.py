@@ -84,12 +84,13 @@ class FineTuning:
         progress: bool | None = None,
         echo: Callable[[str], None] = logger.info,
     ):
-        self.folder, self.settings, self.progress, self.echo = Path(folder), settings, progress, echo
+        self.processes = join_processes()
+        self.folder, self.settings, self.progress = Path(folder), settings, progress
+        self.echo = echo if self._is_main else logger.debug
         if any((self.folder / "checkpoints").glob("step-*.pt")) and not resume:
             raise InvalidInputError(f"'{folder}' holds a run already: resume it, or give another folder")
         items = read_items(data)
         self._validation = items[:1] if validation is None else read_items(validation)[:_VALIDATION_VIDEOS]
-        self.processes = join_processes()
         self.device = self.processes.device or resolve_device(device)
         self.dtype = training_dtype(settings.precision, self.device)
         self.stage = _load(model, settings, self.device, self.dtype)
@@ -204,6 +205,11 @@ class FineTuning:
         videos = [each for each in self.clips if each.clip.frames > 1]
         self.echo(f"{len(videos)} clips and {len(self.clips) - len(videos)} images, on {self.device}")
         largest = max(self.clips, key=lambda each: each.clip.frames * each.clip.size[0] * each.clip.size[1])
+        silent = sum(not each.text for each in self.clips)
+        if silent and not self.stage.settings.unet.image_conditioned:
+            logger.warning(
+                "%d of %d clips have no caption, which stage two learns from", silent, len(self.clips)
+            )
         frames, height, width = largest.tensors()["mean"].shape[1:]
         unet = self.stage.unet
         self.memory = estimate_training_memory(unet, self.settings, (frames, height, width), self.dtype)

@@ -31,7 +31,7 @@ from modelscope_i2v.samplers.schedules import (
     sdedit_schedule,
     stable_diffusion_schedule,
 )
-from modelscope_i2v.samplers.windows import window_starts, windowed
+from modelscope_i2v.samplers.windows import tiled, window_starts, windowed
 from modelscope_i2v.weights.small_model import random_state_dict
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
@@ -691,3 +691,65 @@ def test_blended_windows_lie_between_what_they_blend(frames, size, overlap):
         assert min(holding) * (1 - 1e-9) <= value <= max(holding) * (1 + 1e-9)
         if len(holding) > 1:
             assert min(holding) < value < max(holding)
+
+
+# Tiles
+
+
+@pytest.mark.parametrize("height, width", [(4, 4), (9, 4), (4, 13), (10, 17)])
+def test_tiles_of_a_pointwise_velocity_are_invisible(height, width):
+    places = []
+
+    def velocity(x, level, origin):
+        places.append((origin, tuple(x.shape[3:])))
+        return torch.tanh(x) * level
+
+    x = normal(1, 4, 3, height, width)
+    v = tiled(velocity, (4, 6), (1, 2))(x, 7, 5)
+    assert relative_error(v, torch.tanh(x) * 7) < 1e-12
+    rows, columns = window_starts(height, 4, 1), window_starts(width, 6, 2)
+    tile = (4, min(width, 6))
+    origins = [(5, row, column) for row in rows for column in columns]
+    assert places == [(origin, tile) for origin in origins]
+
+
+def test_tiles_are_weighted_by_both_axes_ramps():
+    """Four constant tiles of 3 with one row and column in common: halves there, and a mean of all four."""
+    calls = []
+
+    def velocity(x, level, origin):
+        calls.append(origin)
+        return torch.full_like(x, float(len(calls)))
+
+    v = tiled(velocity, (3, 3), (1, 1))(torch.zeros(1, 1, 1, 5, 5, dtype=torch.float64), 0, 0)[0, 0, 0]
+    assert v[0].tolist() == [1, 1, 1.5, 2, 2] and v[:, 0].tolist() == [1, 1, 2, 3, 3]
+    assert v[2, 2].item() == pytest.approx(2.5)
+
+
+def test_tiles_within_windows():
+    x = normal(1, 4, 9, 8, 8)
+    v = windowed(tiled(lambda x, level, origin: 2 * x, (4, 4), (1, 1)), 4, 1)(x, 3)
+    assert relative_error(v, 2 * x) < 1e-12
+
+
+# Going on from a saved state
+
+
+@pytest.mark.parametrize("after", [0, 1, 3, 4])
+@pytest.mark.parametrize("solver", ["fast", "normal"])
+def test_a_saved_state_leads_to_the_same_numbers(solver, after):
+    x, states = normal(1, 4, 3, 5, 5, dtype=torch.float32), []
+    levels = at([9.0, 4.0, 1.5, 0.3, 0.0])
+
+    def denoise(x, s):
+        return torch.tanh(x) / (1 + s)
+
+    def sample(start, save=None):
+        if solver == "normal":
+            return sample_heun(exploding(denoise), start, levels, None, save)
+        noise = BrownianNoise(x, levels, [5])
+        return sample_dpmpp_2m_sde(exploding(denoise), start, levels, noise, None, save)
+
+    result = sample(x, states.append)
+    assert [state.step for state in states] == [1, 2, 3, 4]
+    assert torch.equal(sample(x if not after else states[after - 1]), result)

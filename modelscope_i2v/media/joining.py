@@ -22,6 +22,8 @@ from .video_writing import CONTAINER_OPTIONS, checked_metadata, container_format
 
 logger = logging.getLogger(__name__)
 
+#: What players of MP4 files know; its writer takes more, such as PCM, which few of them play.
+_PLAYED = {"aac", "mp3", "ac3", "eac3", "alac", "flac", "opus"}
 _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
 
 
@@ -136,11 +138,13 @@ def _sound(source: Any, container: Any, start: Fraction, end: Fraction, name: st
     """Add the source's sound to a file; what is between ``start`` and ``start + end``, as packets."""
     makers: dict[int, Callable[[Any], Iterator[Any]]] = {}
     streams = [each for each in source.streams.audio if each.codec_context is not None]
+    in_quicktime = container.format.name == "mov"
     for stream in streams:
-        if stream.codec_context.name in container.supported_codecs:
+        name_of_codec = stream.codec_context.name
+        if name_of_codec in container.supported_codecs and (name_of_codec in _PLAYED or in_quicktime):
             makers[stream.index] = _copying(_copied_stream(container, stream), start)
         else:
-            logger.info("the sound of %s, %s, becomes AAC", name, stream.codec_context.name)
+            logger.info("the sound of %s, %s, becomes AAC", name, name_of_codec)
             makers[stream.index] = _encoding(container, stream, start, end)
     return [_cut(source, streams, makers, start, end, name)] if streams else []
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from modelscope_i2v import VideoToVideo
-from modelscope_i2v.media.video import read_video, write_video
+from modelscope_i2v.media.video import Video, read_video, write_video
 from modelscope_i2v.metrics import seam_score
 from modelscope_i2v.samplers.windows import window_starts
 
@@ -70,7 +70,7 @@ def row(stage: VideoToVideo, frames: np.ndarray, scale: float, tile: int | None)
 
 def picture(stage: VideoToVideo, frames: np.ndarray, path: str) -> None:
     """Draw the middle frame, enlarged bicubically and by stage two."""
-    made = stage(_as_video(frames), scale=2, seed=1, colour="source").frames
+    made = stage(Video(frames, 25.0), scale=2, seed=1, colour="source").frames
     middle = len(frames) // 2
     after = Image.fromarray(made[middle])
     before = Image.fromarray(frames[middle]).resize(after.size, Image.Resampling.BICUBIC)
@@ -80,21 +80,13 @@ def picture(stage: VideoToVideo, frames: np.ndarray, path: str) -> None:
     both.save(path)
 
 
-def _as_video(frames: np.ndarray):
-    from modelscope_i2v.media.video import Video
-
-    return Video(frames, 25.0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("video")
     parser.add_argument("--model", required=True, help="stage two's folder")
     parser.add_argument("--lengths", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--scales", type=float, nargs="+", default=[2])
-    parser.add_argument(
-        "--tiles", type=int, nargs="+", default=[0], help="sides in pixels, 0 for whole frames"
-    )
+    parser.add_argument("--tiles", type=int, nargs="+", default=[0], help="sides in pixels, 0 for none")
     parser.add_argument("--picture", help="where to draw a frame before and after")
     arguments = parser.parse_args()
     stage = VideoToVideo.load(arguments.model)

@@ -11,11 +11,13 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 from PIL import Image
 
 from modelscope_i2v import VideoToVideo
+from modelscope_i2v.engine.memory.tiles import TileLimit
 from modelscope_i2v.media.video import Video, read_video, write_video
 from modelscope_i2v.metrics import seam_score
 from modelscope_i2v.samplers.windows import window_starts
@@ -68,6 +70,42 @@ def row(stage: VideoToVideo, frames: np.ndarray, scale: float, tile: int | None)
     return f"| {' | '.join(cells)} |"
 
 
+def costs(stage: VideoToVideo, frames: np.ndarray, tile: int, repeats: int = 3) -> str:
+    """Processor seconds of tiles beside whole frames, and of a file as it comes beside a call, in turn."""
+    video = Video(frames, 25.0)
+    size = [4 * (side // 2) for side in frames.shape[2:0:-1]]
+    settings = {"seed": 1, "resolution": size, "scene_cuts": False}
+
+    def enhanced(folder: str) -> None:
+        write_video(frames, f"{folder}/in.mp4", 25)
+        stage.enhance(f"{folder}/in.mp4", f"{folder}/out.mp4", colour="model", **settings)
+
+    with tempfile.TemporaryDirectory() as folder:
+        runs = (
+            lambda: stage(video, **settings),
+            lambda: stage(video, tile_size=tile, **settings),
+            lambda: stage(video, **settings).save(f"{folder}/whole.mp4"),
+            lambda: enhanced(folder),
+        )
+        rounds = [[processor_seconds(run) for run in runs] for _ in range(repeats + 1)][1:]  # one to warm up
+    whole, tiled, saved, streamed = (sorted(values)[repeats // 2] for values in zip(*rounds))
+    config, scale = stage.settings.unet, stage.settings.autoencoder.downscale
+    (rows, columns), (over_rows, over_columns) = TileLimit(tile).layout(tile, config, scale)
+    height, width = config.padded_size(-(-size[1] // scale), -(-size[0] // scale))
+    tiles = len(window_starts(height, rows, over_rows)) * len(window_starts(width, columns, over_columns))
+    counted = tiles * min(rows, height) * min(columns, width) / (height * width)
+    return (
+        f"tiles of {tile} pixels: {tiled / whole:.2f} times whole frames, {counted:.2f} times the positions\n"
+        f"a file as it comes: {streamed / saved:.2f} times the same in memory, then written"
+    )
+
+
+def processor_seconds(run: Callable[[], object]) -> float:
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
 def picture(stage: VideoToVideo, frames: np.ndarray, path: str) -> None:
     """Draw the middle frame, enlarged bicubically and by stage two."""
     made = stage(Video(frames, 25.0), scale=2, seed=1, colour="source").frames
@@ -96,6 +134,8 @@ def main() -> None:
         for scale in arguments.scales:
             for tile in arguments.tiles:
                 print(row(stage, video[:length], scale, tile or None), flush=True)
+    if max(arguments.tiles):
+        print(costs(stage, video[: arguments.lengths[0]], max(arguments.tiles)))
     if arguments.picture:
         picture(stage, video[: arguments.lengths[0]], arguments.picture)
 

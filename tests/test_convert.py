@@ -6,6 +6,8 @@ import json
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -455,3 +457,34 @@ def test_an_adapter_that_fits_no_stage_is_refused(small_model, tmp_path, capsys)
     assert f"it was trained for {TWO}, and this is {ONE}" in capsys.readouterr().err
     assert main([*arguments, "--lora", "nowhere"]) == 2
     assert not (tmp_path / "out").exists()
+
+
+# ModelScope's convention for models with code
+
+_LOADED = """
+import sys
+from modelscope.pipelines import pipeline
+pipe = pipeline("image-to-video", model=sys.argv[1], device="cpu", trust_remote_code=True)
+print(type(pipe).__module__)
+try:
+    pipeline("image-to-video", model=sys.argv[1], device="cpu")
+except RuntimeError as error:
+    print("trust_remote_code" in str(error))
+"""
+
+
+@pytest.mark.slow
+def test_a_folder_with_code_loads_without_the_start_up_hook(small_model, tmp_path):
+    """And is refused by ModelScope itself where its code is not trusted."""
+    folder = tmp_path / "out"
+    assert main(["convert", str(small_model[0]), str(folder), "--allow-remote"]) == 0
+    assert len((folder / "ms_wrapper.py").read_text().splitlines()) == 2
+    assert json.loads((folder / "configuration.json").read_text())["allow_remote"] is True
+    done = subprocess.run(
+        [sys.executable, "-c", _LOADED, str(folder)],
+        env={**os.environ, "MODELSCOPE_I2V_AUTOLOAD": "0"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split()[-2:] == ["modelscope_i2v.plugin.pipelines", "True"], done.stderr[-2000:]

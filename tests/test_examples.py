@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sample_videos import moving_frames
 
-from modelscope_i2v.media.video import read_video
+from modelscope_i2v.media.video import read_video, write_video
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -44,6 +45,18 @@ def test_without_modelscope(run, picture, small_model):
     frames, printed = run("without_modelscope.py", small_model[0], picture, "video.mp4")
     assert frames.shape == (4, 64, 128, 3)
     assert printed.splitlines() == ["step 1", "step 2", "(4, 64, 128, 3) uint8 8 frames a second, 2 steps"]
+
+
+def test_enhance(run, small_model, tmp_path):
+    write_video(moving_frames(3, 40, 64), tmp_path / "in.mp4", 25)
+    frames, printed = run("enhance.py", "in.mp4", "video.mp4", small_model[1])
+    assert frames.shape == (3, 80, 128, 3)
+    assert "3 frames of 128x80 at 25 fps, 1 scenes" in printed
+
+
+def test_low_memory(run, picture, small_model):
+    frames, printed = run("low_memory.py", picture, "video.mp4", small_model[0])
+    assert frames.shape == (4, 64, 128, 3) and printed.strip() == "video.mp4"
 
 
 def test_each_example_has_a_test():

@@ -13,7 +13,10 @@ from tiny_networks import channels_last
 
 from modelscope_i2v.engine.memory.estimate import chunk_of, estimate_memory, memory_in_words
 from modelscope_i2v.engine.memory.limits import check_limits
+from modelscope_i2v.engine.memory.tiles import TileLimit
 from modelscope_i2v.errors import InvalidInputError
+from modelscope_i2v.models import autoencoder
+from modelscope_i2v.models.strips import decode_in_strips
 from modelscope_i2v.models.unet import UNet, UNetConfig
 from modelscope_i2v.settings.configuration import load_settings
 from modelscope_i2v.settings.keywords import check_keywords
@@ -46,14 +49,14 @@ def test_the_published_networks_have_their_weights(settings, weights):
 
 
 @functools.lru_cache(maxsize=None)
-def unet_peak(stage: type, dtype: torch.dtype = torch.float16) -> int:
+def unet_peak(stage: type, dtype: torch.dtype = torch.float16, latent: tuple[int, int] | None = None) -> int:
     """Bytes that a guided call of a stage's published UNet holds at its peak."""
     settings = stage()
     with torch.device("meta"), torch.no_grad():
         unet = channels_last(UNet(settings.unet, flash_attention).to(dtype))
         y = torch.empty(1, 1 if stage is ONE else 77, 1024)
         y = torch.cat([y, y]) if stage is ONE else y  # both branches in one pass, or one after the other
-        latent = settings.latent_hei, settings.latent_wid
+        latent = latent or (settings.latent_hei, settings.latent_wid)
         x, t = torch.empty(1, 4, settings.max_frames, *latent), torch.empty(1)
         chunk = chunk_of(torch.device("cuda"), low_memory=False)
         with LiveMemory(unet) as memory:
@@ -79,6 +82,29 @@ def test_both_stages_live_on_one_card_of_12_gib():
     for each in (ONE(), TWO()):
         low = estimate_memory(each, each.frame_size, 32, 32, low_memory=True)
         assert low.networks + workspace < 7 * GIB
+
+
+@pytest.mark.slow
+def test_4k_in_tiles_lives_on_one_card_of_12_gib_and_of_8_in_low_memory_mode(monkeypatch):
+    """By the estimate, and by the tensors that are held; the frames themselves are in the host's memory."""
+    monkeypatch.setattr(autoencoder, "sdpa_attention", flash_attention)
+    settings, size, workspace = TWO(), (3840, 2160), 0.8 * GIB
+    (rows, columns), _ = TileLimit(1024).layout(1024, settings.unet, 8)
+    with torch.device("meta"), torch.no_grad():
+        network = channels_last(autoencoder.Autoencoder(settings.autoencoder).half())
+        with LiveMemory(network) as memory:
+            decode_in_strips(network, torch.empty(1, 4, 270, 480))
+    counted = max(unet_peak(TWO, latent=(rows, columns)), memory.peak)
+    whole = estimate_memory(settings, size, 32, 32, tile=1024)
+    assert whole.weights + counted + workspace < 12 * GIB and whole.networks + workspace < 12 * GIB
+    assert 0.75 * whole.activations < counted < 1.05 * whole.activations
+    low = estimate_memory(settings, size, 32, 32, low_memory=True, tile=1024)
+    unet, of_autoencoder = 2.64 * GIB, 0.16 * GIB
+    assert low.networks + workspace < 8 * GIB
+    assert (
+        max(unet + unet_peak(TWO, latent=(rows, columns)), of_autoencoder + memory.peak) + workspace < 8 * GIB
+    )
+    assert estimate_memory(settings, size, 32, 32).networks > 20 * GIB  # which is why
 
 
 def test_one_frame_of_the_autoencoder():

@@ -19,6 +19,8 @@ def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add("output", metavar="OUT", help="the folder to write, which is not there yet, or is empty")
     add("--precision", metavar="P", help="of the weights: fp16 (default), bf16 or fp32")
     add_flags(parser, _LORA)
+    add("--allow-remote", action="store_true",
+        help="add ms_wrapper.py: it then loads with trust_remote_code=True, hook or no")  # fmt: skip
     add("--progress", action="store_true", help="show a progress bar, not only on a terminal")
 
 
@@ -27,6 +29,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     sources = [os.path.expanduser(each) for each in (arguments.folder, arguments.other_folder) if each]
     options = without_none(precision=arguments.precision, progress=arguments.progress or None)
+    options["allow_remote"] = arguments.allow_remote
     done = convert_folder(sources, arguments.output, **options, **values_of(arguments, _LORA))
     for file in done.files:
         path = os.path.join(arguments.output, file.name)

@@ -45,8 +45,9 @@ class GeneratedVideo(Video):
             return write_video(self.frames, path, self.fps, self.metadata, self.encoding)
         with tempfile.TemporaryDirectory(prefix="i2v-") as folder:
             part = os.path.join(folder, f"part{Path(path).suffix}")
-            write_video(self.frames, part, self.timing.rate, None, self.encoding)
-            parts = [Part(part, len(self.frames), self.timing.rate)]
+            rate = self.timing.rate.limit_denominator(1001)  # as the file can have it
+            write_video(self.frames, part, rate, None, self.encoding)
+            parts = [Part(part, len(self.frames), rate)]
             return join_video(parts, path, self.timing, self.metadata, self.sound)
 
     def to_bytes(self) -> bytes:

@@ -42,6 +42,9 @@ from .parts import Part, stage_parts
 PathLike = Union[str, "os.PathLike[str]"]
 
 SUFFIX = ".safetensors"
+_WRAPPER = """# Imported by ModelScope with trust_remote_code=True; pip install modelscope_i2v
+import modelscope_i2v  # noqa: F401
+"""
 
 #: What the networks are called, by the setting that names their file.
 _NETWORKS = {"ckpt_clip": "CLIP", "ckpt_autoencoder": "autoencoder", "ckpt_unet": "UNet"}
@@ -81,6 +84,7 @@ def convert_folder(
     progress: bool | None = None,
     lora: PathLike | Sequence[PathLike] = (),
     lora_scale: float | Sequence[float] = 1.0,
+    allow_remote: bool = False,
 ) -> Conversion:
     """Write a lean model folder: safetensors, in half precision, of only what the stages need.
 
@@ -95,6 +99,9 @@ def convert_folder(
         progress: whether to show a bar on stderr; by default only on a terminal.
         lora: adapters to merge, each into the UNet of the stage that it is for.
         lora_scale: their strength, of all or of each.
+        allow_remote: whether to follow ModelScope's convention for models with code: an ``ms_wrapper.py``
+            that imports this package, and ``allow_remote`` in the configuration. The folder then loads with
+            ``trust_remote_code=True`` where the start-up hook is off, and is refused without it.
 
     Raises:
         InvalidInputError: for a precision that is not allowed, or folders that are not one of each stage.
@@ -112,7 +119,9 @@ def convert_folder(
         files = _arrange(needs, dtype)
         _check_disk_space(target, temporary, files, dtype)
         written = _write_weights(temporary, files, dtype, progress, adapters)
-        (temporary / FILE_NAME).write_bytes(_configuration_file(folder_of_stage, files))
+        (temporary / FILE_NAME).write_bytes(_configuration_file(folder_of_stage, files, allow_remote))
+        if allow_remote:
+            (temporary / "ms_wrapper.py").write_text(_WRAPPER, encoding="utf-8")
         found = [os.stat(path) for path in {need.part.path for need in needs}]
     before = {(each.st_dev, each.st_ino): each.st_size for each in found}  # links to one file count once
     return Conversion(target, tuple(written), sum(before.values()))
@@ -298,7 +307,9 @@ def _write_weights(
 # The configuration
 
 
-def _configuration_file(folder_of_stage: Mapping[str, Path], files: Mapping[str, Sequence[_Need]]) -> bytes:
+def _configuration_file(
+    folder_of_stage: Mapping[str, Path], files: Mapping[str, Sequence[_Need]], allow_remote: bool
+) -> bytes:
     """Return the new ``configuration.json``: to the byte the old one where nothing has to be another."""
     first, *others = dict.fromkeys(folder_of_stage.values())
     before = read_configuration(first)
@@ -317,6 +328,8 @@ def _configuration_file(folder_of_stage: Mapping[str, Path], files: Mapping[str,
                 ]
                 for holder in holders or ["model_args"]:
                     section.setdefault(holder, {})[need.part.setting] = name
+    if allow_remote:
+        contents["allow_remote"] = True
     if contents == before:
         return (first / FILE_NAME).read_bytes()
     text = json.dumps(contents, indent=4, ensure_ascii=False)

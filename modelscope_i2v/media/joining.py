@@ -140,7 +140,7 @@ def _sound(source: Any, container: Any, start: Fraction, end: Fraction, name: st
     streams = [each for each in source.streams.audio if each.codec_context is not None]
     in_quicktime = container.format.name == "mov"
     for stream in streams:
-        name_of_codec = stream.codec_context.name
+        name_of_codec = stream.codec_context.codec.canonical_name
         if name_of_codec in container.supported_codecs and (name_of_codec in _PLAYED or in_quicktime):
             makers[stream.index] = _copying(_copied_stream(container, stream), start)
         else:
@@ -198,7 +198,7 @@ def _copying(track: Any, start: Fraction) -> Callable[[Any], Iterator[Any]]:
 def _encoding(container: Any, stream: Any, start: Fraction, end: Fraction) -> Callable[[Any], Iterator[Any]]:
     decoder = stream.codec_context
     rate = min(_AAC_RATES, key=lambda each: abs(each - decoder.sample_rate))
-    layout = decoder.layout.name if decoder.layout.nb_channels in (1, 2, 6) else "stereo"
+    layout = {1: "mono", 6: "5.1"}.get(decoder.layout.nb_channels, "stereo")  # by names that encoders know
     track = container.add_stream("aac", rate=rate, layout=layout)
     track.bit_rate = 96_000 * max(track.codec_context.layout.nb_channels, 1)
     resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)

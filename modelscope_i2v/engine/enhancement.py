@@ -65,7 +65,12 @@ class EnhancedFile:
 
 
 def enhance(
-    stage: VideoToVideo, source: Any, output: str | os.PathLike, resume: bool = False, **keywords: Any
+    stage: VideoToVideo,
+    source: Any,
+    output: str | os.PathLike,
+    resume: bool = False,
+    progress: Progress | bool | None = None,
+    **keywords: Any,
 ) -> EnhancedFile:
     """Write the sharper video of a video.
 
@@ -77,6 +82,7 @@ def enhance(
         source: a path, a URL or the bytes of a video file.
         output: the file to write.
         resume: whether to go on with what an earlier call of the same arguments left unfinished.
+        progress: as of ``Stage.resolve``.
         **keywords: those of a call of stage two, with other defaults: twice the size of the source, its rate,
             its sound, its colours, and scenes by themselves.
 
@@ -87,7 +93,8 @@ def enhance(
         NotEnoughMemoryError: if it does not fit.
     """
     work = UnfinishedWork(output)
-    request, progress = stage.resolve(_with_defaults(stage, keywords, work if resume else None))
+    keywords = _with_defaults(stage, keywords, work if resume else None)
+    request, progress = stage.resolve({**keywords, "progress": progress})
     encoding = Encoding(request.codec, request.crf, request.pix_fmt)
     check_writable(output, encoding)
     with ExitStack() as stack:

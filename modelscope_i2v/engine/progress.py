@@ -26,11 +26,13 @@ class Progress:
 
     Attributes:
         seconds: by phase, in the order of their beginning; phases inside a phase count for themselves.
+        estimate: the latest step's denoised estimate [B, 4, F, h, w], for whoever draws it meanwhile.
     """
 
     def __init__(self, callback: StepCallback | None = None, bar: bool | None = None):
         self.callback, self.bar = callback, bar
         self.seconds: dict[str, float] = {}
+        self.estimate: Tensor | None = None
         self._inner_seconds = 0.0
 
     @contextmanager

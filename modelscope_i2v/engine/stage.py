@@ -29,6 +29,7 @@ from ..weights.parts import stage_parts
 from .compilation import CompiledBlocks
 from .denoising import ChunkLimit, WindowWrapper, guided_denoiser
 from .devices import device_of, placed_on, resolve_device
+from .latent_colours import LatentColours
 from .latents import decode_latents, latent_size
 from .memory.estimate import choose_low_memory, chunk_of
 from .memory.limits import check_limits
@@ -120,12 +121,18 @@ class Stage(nn.Module):
     def resolve(self, keywords: Mapping[str, Any]) -> tuple[Request, Progress]:
         """Return what the keywords of a call ask for, and what shows its progress.
 
+        ``progress`` may be a ``Progress`` of the caller's, which then has its own callback.
+
         Raises:
             InvalidInputError: for a keyword that is unknown, not allowed or beyond a limit.
             MissingFileError, CheckpointError: for an adapter that is not there or does not fit.
         """
+        watched = keywords.get("progress")
+        if isinstance(watched, Progress):
+            keywords = {**keywords, "progress": None}
         checked = check_keywords(self.name, keywords)
         progress = Progress(checked.pop("callback", None), checked.pop("progress", None))
+        progress = watched if isinstance(watched, Progress) else progress
         request = Request.resolve(self.settings, checked)
         check_limits(self.settings, request)
         for path in request.lora:
@@ -215,7 +222,18 @@ class Stage(nn.Module):
                 sizes.append(denoiser_for(replace(whole, guide_scale=1.0)))
             with progress.phase("compiling", device):
                 self._compiled.prepare(sizes, x, level)
-        return denoiser_for(request, remember)
+        denoise = denoiser_for(request, remember)
+
+        def watched(x: Tensor, level: NoiseLevel) -> Tensor:
+            progress.estimate = denoise(x, level)
+            return progress.estimate
+
+        return watched
+
+    def fit_latent_colours(self) -> LatentColours:
+        """Return the map from latents to colours that fits the autoencoder."""
+        with self._one_at_a_time, placed_on(self.autoencoder, self.device, self.low_memory):
+            return LatentColours.fit(self.autoencoder)
 
     def _latent_shape(self, request: Request, frames: int) -> tuple[int, ...]:
         size = latent_size(request.size, self.settings.unet, self.settings.autoencoder.downscale)

@@ -142,6 +142,15 @@ def test_timesteps_are_those_that_sampling_begins_below():
     assert t.min() < 10 and 590 < t.max() < 600 and more == {}
 
 
+def test_the_start_is_learned_from_noise_alone():
+    predict = Recorder()
+    network = objective(start=0.5)
+    network.loss(predict, batch_of(400, value=1e4, shape=(1, 1, 1, 1)), torch.Generator().manual_seed(0))
+    x, t, _, _ = predict.calls[0]
+    blind = x.flatten().abs() < 10  # the others see the clip's 10,000
+    assert (t[blind] == 999).all() and blind.float().mean().item() == pytest.approx(0.5, abs=0.08)
+
+
 def test_latents_are_drawn_from_the_posterior():
     predict = Recorder()
     batch = batch_of(1, value=0.0, logvar=2 * math.log(2 / SCALE_FACTOR), shape=(4, 8, 16, 16))

@@ -71,6 +71,11 @@ class TrainingSettings:
     drop_condition: float = _setting(
         0.1, number(0, 1), "probability of training a clip without its condition, which guidance needs"
     )
+    start_share: float = _setting(
+        0.0, number(0, 1),
+        "how many of stage one's clips are learned from noise alone, where sampling begins; a model that "
+        "samples in a few steps, as the small one, needs half",
+    )  # fmt: skip
     checkpointing: bool = _setting(
         True, boolean(), "compute activations again for the gradient: less memory, a third more time"
     )

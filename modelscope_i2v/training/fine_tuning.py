@@ -306,4 +306,5 @@ def _objective(stage: Any, settings: TrainingSettings, encoder: Encoder) -> Obje
         drop=settings.drop_condition,
         unconditional=unconditional,
         takes_fps=takes_image,
+        start=settings.start_share if takes_image else 0.0,
     )

@@ -51,6 +51,8 @@ class Objective:
         drop: probability of the unconditional one in place of a clip's condition.
         unconditional: that condition [N, D].
         takes_fps: whether the network takes the frame rate.
+        start: probability of the last timestep with x = sigma n, as stage one's sampling begins: no trace of
+            the clip is in it.
     """
 
     schedule: NoiseSchedule
@@ -59,6 +61,7 @@ class Objective:
     drop: float
     unconditional: Tensor
     takes_fps: bool
+    start: float = 0.0
 
     def loss(self, predict: Callable[..., Tensor], batch: Batch, generator: torch.Generator) -> Tensor:
         """Return the loss of a batch. All is drawn from the CPU generator, in one order on every device.
@@ -72,13 +75,16 @@ class Objective:
         posterior_noise = torch.randn(batch.mean.shape, generator=generator).to(device)
         noise = draw_noise(generator, batch.mean.shape, self.offset).to(device)
         t = torch.randint(self.levels, (count,), generator=generator)
+        at_start = torch.rand(count, generator=generator) < self.start
+        t[at_start] = self.levels - 1
         dropped = (torch.rand(count, generator=generator) < self.drop).to(device)
 
         x0 = SCALE_FACTOR * (batch.mean + torch.exp(0.5 * batch.logvar) * posterior_noise)
         alpha, sigma = (
             levels[t].float().to(device) for levels in (self.schedule.alphas, self.schedule.sigmas)
         )
-        x = alpha.view(-1, 1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1, 1) * noise
+        seen = alpha * ~at_start.to(device)
+        x = seen.view(-1, 1, 1, 1, 1) * x0 + sigma.view(-1, 1, 1, 1, 1) * noise
         y = torch.where(dropped.view(-1, 1, 1), self.unconditional.to(batch.y), batch.y)
         fps = {"fps": batch.fps} if self.takes_fps else {}
         return velocity_loss(predict(x, t.to(device), y, **fps), velocity_target(x0, noise, alpha, sigma))

@@ -10,12 +10,13 @@ from typing import Any, Iterable
 import torch
 
 from modelscope_i2v.media.video import Video
+from modelscope_i2v.settings.configuration import load_settings
 from modelscope_i2v.settings.training import TrainingSettings
 from modelscope_i2v.training.data import read_items
 from modelscope_i2v.training.fine_tuning import FineTuning
 from modelscope_i2v.training.scenes import draw
 
-from .cases import TASKS, read_settings
+from .cases import TASKS
 from .measuring import MIB, Missing, Samples, forget_peak, peak_bytes, seconds
 from .rows import Options, Row
 
@@ -62,11 +63,11 @@ def train_steps(
     settings = TrainingSettings(
         stage=TASKS[stage], full=full, checkpointing=checkpointing, steps=repeats + 1, precision=precision
     )
-    frames, size = read_settings(folder, stage).max_frames, read_settings(folder, stage).frame_size
+    own = load_settings(folder, TASKS[stage])
     with tempfile.TemporaryDirectory() as temporary:
-        data = _clip(0, frames, size)
+        data = _clip(0, own.max_frames, own.frame_size)
         run = FineTuning(folder, data, temporary, settings, device=device, progress=False)
-        items = read_items(_clip(1, frames, size))
+        items = read_items(_clip(1, own.max_frames, own.frame_size))
         took = [Samples((seconds(lambda: run.encoder.encode(items, False)),)) for _ in range(2)]
         states = run.states()
         next(states)  # to warm up

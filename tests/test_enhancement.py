@@ -142,6 +142,7 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(
     stage, two_scenes, tmp_path, stopped, monkeypatch, solver, at
 ):
     keywords = {"seed": 3, "steps": 2, "resolution": [64, 80], "solver_mode": solver}
+    monkeypatch.setattr(unfinished, "EVERY_SECONDS", 0.0)
     whole = stage.enhance(two_scenes, tmp_path / "whole.mp4", **keywords)
     calls, both = [], denoising._Branches.both
 
@@ -150,11 +151,9 @@ def test_what_was_interrupted_goes_on_to_the_same_bytes(
         return both(self, *arguments)
 
     monkeypatch.setattr(denoising._Branches, "both", counted)
-    with monkeypatch.context() as patch:
-        stopped(at)
-        with pytest.raises(KeyboardInterrupt):
-            stage.enhance(two_scenes, tmp_path / "out.mp4", **keywords)
-        patch.undo()
+    stopped(at)
+    with pytest.raises(KeyboardInterrupt):
+        stage.enhance(two_scenes, tmp_path / "out.mp4", **keywords)
     assert (tmp_path / "out.mp4.unfinished").is_dir() and not (tmp_path / "out.mp4").exists()
     del keywords["seed"]  # it is kept
     stage.enhance(two_scenes, tmp_path / "out.mp4", resume=True, **keywords)

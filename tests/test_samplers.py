@@ -726,6 +726,19 @@ def test_tiles_are_weighted_by_both_axes_ramps():
     assert v[2, 2].item() == pytest.approx(2.5)
 
 
+@pytest.mark.parametrize("overlap", [2, 4, 8])
+def test_tiles_that_disagree_leave_no_step(overlap):
+    """Each tile has a level of its own, from 0 to 1: the largest step is that of a ramp over the overlap."""
+    draws = torch.Generator().manual_seed(0)
+
+    def velocity(x, level, origin):
+        return torch.full_like(x, torch.rand((), generator=draws).item())
+
+    v = tiled(velocity, (16, 16), (overlap, overlap))(torch.zeros(1, 1, 1, 50, 70), 0, 0)[0, 0, 0]
+    step = max(v.diff(dim=0).abs().max(), v.diff(dim=1).abs().max()).item()
+    assert step < 2 / (overlap + 1)
+
+
 def test_tiles_within_windows():
     x = normal(1, 4, 9, 8, 8)
     v = windowed(tiled(lambda x, level, origin: 2 * x, (4, 4), (1, 1)), 4, 1)(x, 3)

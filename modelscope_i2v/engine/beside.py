@@ -46,10 +46,10 @@ class BesideLatents:
         self._grids = [] if colours is None else [colours]
         return state, entropy
 
-    def save(self, state: SolverState, entropy: int) -> None:
-        """Keep the sampler's state, if anything is kept."""
+    def save(self, state: SolverState, entropy: int, always: bool = False) -> None:
+        """Keep the sampler's state, if anything is kept, and if it took a while or is to be ``always``."""
         if self._saved is not None:
-            self._saved.save(state, self.colours, entropy)
+            self._saved.save(state, self.colours, entropy, always)
 
     def remember(self, velocity: WindowVelocity) -> WindowVelocity:
         """Wrap the prediction of windows: what is kept is not predicted again."""

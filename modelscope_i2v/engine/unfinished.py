@@ -1,8 +1,8 @@
 """Work that can be gone on with: what is done of a long video, kept beside its output until that is complete.
 
 A folder ``OUTPUT.unfinished`` holds what was asked for, the finished parts of the video, and of the scene in
-work the sampler's state after its last step and the predictions of the windows since then. All that is in it
-is complete: each file appears under its name when it is.
+work the sampler's state after a step and the predictions of the windows since then, as far as they took a
+while. All that is in it is complete: each file appears under its name when it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -24,6 +25,8 @@ from ..samplers.schedules import NoiseLevel, SolverState
 from ..samplers.windows import WindowVelocity
 
 ENDING = ".unfinished"
+#: What takes less is computed again rather than kept: on a fast GPU, writing would take a tenth of the time.
+EVERY_SECONDS = 10.0
 _JOB = "job.json"
 
 
@@ -104,7 +107,7 @@ class SavedScene:
         self._state = folder / f"{number:05}.safetensors"
         self._windows, self._reuse_interval = folder / f"{number:05}.windows", reuse_interval
         self._done = folder / f"{number:05}.done"
-        self._calls = 0
+        self._calls, self._kept_at = 0, time.monotonic()
 
     @property
     def is_done(self) -> bool:
@@ -119,9 +122,12 @@ class SavedScene:
         state = SolverState(int(metadata["step"]), tensors["x"], tensors.get("previous"))
         return state, tensors.get("colours"), int(metadata["entropy"])
 
-    def save(self, state: SolverState, colours: Tensor | None, entropy: int) -> None:
+    def _is_worth_keeping(self) -> bool:
+        return time.monotonic() - self._kept_at >= EVERY_SECONDS
+
+    def save(self, state: SolverState, colours: Tensor | None, entropy: int, always: bool = False) -> None:
         """Keep a state, and forget the predictions before it."""
-        if state.step % self._reuse_interval:
+        if state.step % self._reuse_interval or not (always or self._is_worth_keeping()):
             return
         tensors = {"x": state.x}
         if state.previous is not None and state.previous is not state.x:
@@ -130,7 +136,7 @@ class SavedScene:
             tensors["colours"] = colours
         _write(self._state, tensors, {"step": str(state.step), "entropy": str(entropy)})
         shutil.rmtree(self._windows, ignore_errors=True)
-        self._calls = 0
+        self._calls, self._kept_at = 0, time.monotonic()
 
     def remember(self, velocity: WindowVelocity) -> WindowVelocity:
         """Wrap the prediction of windows: what was predicted since the last state is read."""
@@ -143,7 +149,9 @@ class SavedScene:
             if path.exists():
                 return _read(path)[0]["v"].to(x.device)
             v = velocity(x, level, start)
-            _write(path, {"v": v}, {})
+            if self._is_worth_keeping():
+                _write(path, {"v": v}, {})
+                self._kept_at = time.monotonic()
             return v
 
         return remembered

@@ -224,7 +224,7 @@ class VideoToVideo(Stage):
         if saved is None:  # 2. to 4.
             draws = posterior_noise, noise, entropy
             state, entropy = self._noised(frames, request, progress, levels[0], draws, beside)
-            beside.save(state, entropy)
+            beside.save(state, entropy, always=True)
         else:
             state, entropy = saved
             for _ in frames:
@@ -239,7 +239,7 @@ class VideoToVideo(Stage):
             with progress.steps(self.name, len(levels) - 1, state.step) as after_step:
 
                 def save(after: SolverState) -> None:
-                    beside.save(after, entropy)
+                    beside.save(after, entropy, always=after.step == len(levels) - 1)
 
                 if request.solver_mode == "fast":
                     brownian = BrownianNoise(state.x, levels, [entropy])

@@ -115,6 +115,18 @@ def test_by_the_command_line(small_model, two_scenes, tmp_path, capsys):
     assert "cannot write prores in yuv422p10le as mp4" in capsys.readouterr().err
 
 
+def test_the_same_keywords_of_modelscopes_pipeline(v2v, tmp_path):
+    source, output = clapper(0.6, 0.3, "aac", "mp4"), str(tmp_path / "out.mp4")
+    keywords = {"fps": "source", "keep_audio": True, "colour": "source", "crf": 30, "scale": 2, "steps": 1}
+    result = v2v({"video_path": source, "text": "a clapper"}, output_video=output, **keywords)
+    assert (result["fps"], result["resolution"], result["crf"]) == ("source", (128, 128), 30)
+    with av.open(output) as opened:
+        assert opened.streams.video[0].average_rate == 25
+    assert abs(click(output) - 0.3) < 0.03
+    with pytest.raises(OutputError, match="cannot write prores in yuv422p10le as mp4"):
+        v2v({"video_path": source}, output_video=output, codec="prores")
+
+
 # Going on
 
 

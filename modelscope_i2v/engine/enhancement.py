@@ -24,6 +24,7 @@ from ..settings.keywords import check_keywords
 from ..settings.record import first_stage_of, to_metadata
 from ..settings.request import Request
 from .beside import BesideLatents
+from .generated import encoding_of
 from .progress import Progress
 from .unfinished import UnfinishedWork
 
@@ -95,7 +96,7 @@ def enhance(
     work = UnfinishedWork(output)
     keywords = _with_defaults(stage, keywords, work if resume else None)
     request, progress = stage.resolve({**keywords, "progress": progress})
-    encoding = Encoding(request.codec, request.crf, request.pix_fmt)
+    encoding = encoding_of(request)
     check_writable(output, encoding)
     with ExitStack() as stack:
         with progress.phase("reading"):

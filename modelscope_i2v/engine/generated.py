@@ -10,6 +10,12 @@ from typing import Any
 
 from ..media.joining import Part, Sound, join_video
 from ..media.video import Encoding, Timing, Video, video_bytes, write_video
+from ..settings.request import Request
+
+
+def encoding_of(request: Request) -> Encoding:
+    """Return how the file of a request is encoded."""
+    return Encoding(request.codec, request.crf, request.pix_fmt)
 
 
 @dataclass(frozen=True, eq=False)

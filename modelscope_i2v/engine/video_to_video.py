@@ -17,7 +17,7 @@ from ..errors import InvalidInputError
 from ..media.joining import Sound
 from ..media.preprocessing import VideoTransform
 from ..media.scene_cuts import split_scenes
-from ..media.video import DEFAULT_FPS, Encoding, Timing, Video, open_video
+from ..media.video import DEFAULT_FPS, Timing, Video, open_video
 from ..samplers.dpmpp import BrownianNoise, sample_dpmpp_2m_sde
 from ..samplers.heun import sample_heun
 from ..samplers.schedules import (
@@ -33,7 +33,7 @@ from ..settings.stages import VideoToVideoSettings
 from .beside import BesideLatents
 from .devices import device_of, placed_on
 from .enhancement import EnhancedFile, check_sound_in_step, enhance, scene_request
-from .generated import GeneratedVideo
+from .generated import GeneratedVideo, encoding_of
 from .latents import draw_noise, encode_frames, sample_latents
 from .memory.limits import check_limits
 from .memory.tiles import TileLimit, fitting_tile
@@ -128,7 +128,7 @@ class VideoToVideo(Stage):
         ``source_metadata`` are those of the frames' file: stage one's record is passed on. ``source_fps`` is
         their rate.
         """
-        encoding = Encoding(request.codec, request.crf, request.pix_fmt)
+        encoding = encoding_of(request)
         with self._one_at_a_time:
             request, frames = self.for_source(request, frames)
             made = []
@@ -173,7 +173,7 @@ class VideoToVideo(Stage):
 
         ``first`` is the number of the first in its scene.
         """
-        deep = Encoding(request.codec, request.crf, request.pix_fmt).is_deep
+        deep = encoding_of(request).is_deep
         colours = beside.colours
         if colours is not None:
             colours = colours[first : first + latents.shape[2]]

@@ -13,12 +13,13 @@ from modelscope.pipelines.builder import PIPELINES, pipeline
 from modelscope.utils.logger import get_logger
 
 from ..engine.devices import device_of
-from ..engine.generated import GeneratedVideo
+from ..engine.generated import GeneratedVideo, encoding_of
 from ..engine.previews import generate_previews
 from ..engine.progress import Progress
 from ..engine.two_stages import describes_second_stage
 from ..errors import ConfigurationError, InvalidInputError, describe
 from ..media.files import local_path
+from ..media.video import check_writable
 from ..settings.keywords import check_keywords, keywords_of, split_keywords
 from ..settings.request import Request
 from ..settings.rules import integer, nearest, optional
@@ -307,6 +308,10 @@ class VideoToVideoPipeline(StagePipeline):
     def _sanitize_parameters(self, output_video: Any = None, **keywords: Any) -> tuple[dict, dict, dict]:
         """Return the parameters as ``StagePipeline`` does; frames are then read only as they are encoded."""
         for_preprocess, for_forward, for_postprocess = super()._sanitize_parameters(output_video, **keywords)
+        if (output := for_postprocess["output_video"]) is not None:
+            # Without the generator, which a request would draw from.
+            request, _ = self._resolve({**for_preprocess, "generator": None})
+            check_writable(output.path, encoding_of(request))
         return {**for_preprocess, "streamed": True}, for_forward, for_postprocess
 
     def preprocess(self, input: Any, **keywords: Any) -> dict[str, Any]:

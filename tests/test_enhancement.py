@@ -379,9 +379,9 @@ print(*peaks)
 
 @pytest.mark.slow
 def test_a_thousand_frames_take_the_memory_of_a_hundred(small_model, tmp_path):
-    """Within a tenth of what the pictures of the longer would take, latents left out. Warmed up first."""
+    """Warmed up by twenty."""
     names = []
-    for count in (100, 100, 1000):
+    for count in (20, 100, 1000):
         names.append(str(tmp_path / f"{len(names)}.mp4"))
         frames = (moving_frames(1, 80, 128)[0] for _ in range(count))
         write_video(frames, names[-1], 25)
@@ -390,5 +390,4 @@ def test_a_thousand_frames_take_the_memory_of_a_hundred(small_model, tmp_path):
     )
     _, short, long = (1024 * int(peak) for peak in done.stdout.split())
     latents = 900 * 4 * 10 * 16 * 4
-    assert long - short < 0.1 * short + 20 * latents
-    assert long - short < 0.5 * 900 * 3 * 80 * 128 * 4 + 20 * latents  # frames in float32
+    assert long - short < 0.03 * short + 3 * latents  # a third of what frames in float32 would take

@@ -225,6 +225,11 @@ def test_bad_input_is_refused_before_work(stage, tmp_path, two_scenes, caplog):
         stage.enhance(sound_alone(), output)
     with pytest.raises(InvalidInputError, match="keep_audio: the sound would run away from frames at fps 8"):
         stage.enhance(two_scenes, output, fps=8)
+    for rate in (2000, 10**6):
+        fast = foreign_file(moving_frames(3, 40, 64), "libx264", "yuv420p", "mp4", rate)
+        for run in (stage, lambda video, **options: stage.enhance(video, output, **options)):
+            with pytest.raises(InvalidInputError, match="states no frame rate from 0.01 to 1000"):
+                run(fast, fps="source")
     with pytest.raises(InvalidInputError, match="ffmpeg knows no 'yuv'"):
         stage.enhance(two_scenes, output, pix_fmt="yuv")
     with pytest.raises(OutputError, match="cannot write prores in yuv422p10le as mp4"):
@@ -254,17 +259,10 @@ def test_a_file_that_is_cut_short_gives_what_decodes(stage, two_scenes, tmp_path
 
 
 def test_hdr_is_said(stage, tmp_path, caplog):
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as output:
-        stream = output.add_stream(
-            "libx265", rate=8, options={"x265-params": "log-level=none:transfer=smpte2084"}
-        )
-        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p10le"
-        for pixels in moving_frames(2, 64, 64):
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
-        output.mux(stream.encode(None))
+    options = {"x265-params": "log-level=none:transfer=smpte2084"}
+    source = foreign_file(moving_frames(2, 64, 64), "libx265", "yuv420p10le", "mp4", **options)
     with caplog.at_level(logging.WARNING):
-        stage.enhance(file.getvalue(), tmp_path / "out.mp4", **SIZE)
+        stage.enhance(source, tmp_path / "out.mp4", **SIZE)
     assert "is HDR (PQ)" in caplog.text
 
 

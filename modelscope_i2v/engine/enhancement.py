@@ -20,6 +20,7 @@ from ..media.joining import Part, Sound, join_video
 from ..media.scene_cuts import split_scenes
 from ..media.sources import source_name
 from ..media.video import Encoding, Timing, VideoReader, check_writable, open_video, write_video
+from ..media.video_writing import MAX_FPS, MIN_FPS
 from ..settings.keywords import check_keywords
 from ..settings.record import first_stage_of, to_metadata
 from ..settings.request import Request
@@ -101,8 +102,8 @@ def enhance(
     with ExitStack() as stack:
         with progress.phase("reading"):
             reader = stack.enter_context(open_video(source))
-        check_source(reader, source, request)
-        check_sound_in_step(request, reader)
+        check_source(reader, source)
+        check_rate(request, reader, source)
         request, frames = stage.for_source(request, reader)
         if resume and work.job is not None:  # there may be more or less memory now
             request = replace(request, tile_size=work.job.get("tile_size"))
@@ -183,11 +184,11 @@ def scene_request(request: Request, number: int) -> Request:
     return replace(request, seed=(request.seed + number) % 2**63)
 
 
-def check_source(reader: VideoReader, source: Any, request: Request) -> None:
+def check_source(reader: VideoReader, source: Any) -> None:
     """Refuse or warn of what a video would lose.
 
     Raises:
-        InvalidInputError: for transparency, and for a rate that is needed and that the file does not tell.
+        InvalidInputError: for transparency.
     """
     name = source_name(source)
     if reader.has_alpha:
@@ -199,16 +200,19 @@ def check_source(reader: VideoReader, source: Any, request: Request) -> None:
             "the video %s is HDR (%s): its numbers are taken as they are, 8 bits of them, and the result is "
             "ordinary video, which looks pale; map its tones first", name, reader.transfer,
         )  # fmt: skip
-    if request.fps == "source" and reader.rate is None:
-        raise InvalidInputError(f"the video {name} does not tell a frame rate that could be kept: give fps")
 
 
-def check_sound_in_step(request: Request, reader: VideoReader) -> None:
-    """Refuse to keep sound beside frames of another rate.
+def check_rate(request: Request, reader: VideoReader, source: Any) -> None:
+    """Refuse to keep a rate that is none, and sound beside frames of another rate.
 
     Raises:
-        InvalidInputError: naming both rates.
+        InvalidInputError: with the rates.
     """
+    if request.fps == "source" and reader.rate is None:
+        raise InvalidInputError(
+            f"the video {source_name(source)} states no frame rate from {MIN_FPS:g} to {MAX_FPS:g} that "
+            "could be kept: give fps"
+        )
     if request.keep_audio and request.fps != "source" and abs(float(request.fps) / reader.fps - 1) > 1e-3:
         raise InvalidInputError(
             f"keep_audio: the sound would run away from frames at fps {request.fps}, the source's are at "

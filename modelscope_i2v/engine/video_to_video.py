@@ -32,7 +32,7 @@ from ..settings.request import Request
 from ..settings.stages import VideoToVideoSettings
 from .beside import BesideLatents
 from .devices import device_of, placed_on
-from .enhancement import EnhancedFile, check_sound_in_step, enhance, scene_request
+from .enhancement import EnhancedFile, check_rate, enhance, scene_request
 from .generated import GeneratedVideo, encoding_of
 from .latents import draw_noise, encode_frames, sample_latents
 from .memory.limits import check_limits
@@ -106,7 +106,7 @@ class VideoToVideo(Stage):
             # One frame too many is enough to refuse the video: the rest need not be read.
             with progress.phase("reading"):
                 reader = stack.enter_context(open_video(video, self.settings.limit_frames + 1))
-            check_sound_in_step(request, reader)
+            check_rate(request, reader, video)
             tensors = (self.transform(frame[None])[0] for frame in reader)
             made = self.generate_from_frames(tensors, reader.metadata, request, progress, reader.fps)
             timing = reader.timing() if request.fps == "source" else Timing(1 / Fraction(request.fps))

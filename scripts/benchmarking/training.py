@@ -69,12 +69,11 @@ def train_steps(
         run = FineTuning(folder, data, temporary, settings, device=device, progress=False)
         items = read_items(_clip(1, own.max_frames, own.frame_size))
         took = [Samples((seconds(lambda: run.encoder.encode(items, False)),)) for _ in range(2)]
-        states = run.states()
-        next(states)  # to warm up
-        on_gpu = run.device.type == "cuda"
+        states, on_gpu = run.states(), run.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(run.device)
         before = 0 if on_gpu else forget_peak()
+        next(states)  # to warm up; what it takes of memory, the process keeps for the others
         times = tuple(seconds(lambda: next(states)) for _ in range(repeats))
         peak = torch.cuda.max_memory_allocated(run.device) if on_gpu else peak_bytes()
     return times, (peak - before) / MIB, (took[0], took[1])

@@ -59,6 +59,14 @@ def test_low_memory(run, picture, small_model):
     assert frames.shape == (4, 64, 128, 3) and printed.strip() == "video.mp4"
 
 
+@pytest.mark.slow
+def test_train(run, picture, small_model, tmp_path):
+    (tmp_path / "clips").mkdir()
+    write_video(moving_frames(8, 64, 128), tmp_path / "clips" / "a.mp4", 8)
+    frames, printed = run("train.py", "clips", picture, "video.mp4", small_model[0], 2)
+    assert frames.shape == (4, 64, 128, 3) and "video.mp4 was made with run" in printed
+
+
 def test_each_example_has_a_test():
     tested = {name[len("test_") :] for name in globals() if name.startswith("test_")}
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested

@@ -22,8 +22,20 @@ ALLOWED = {
     "weights": {"models", "settings", "media"},
     "engine": {"models", "samplers", "weights", "media", "settings"},
     "training": {"metrics", "models", "samplers", "weights", "media", "settings", "engine"},
+    "batch": {"metrics", "media", "settings", "engine"},
     "plugin": {"models", "samplers", "weights", "media", "settings", "engine", "training"},
-    "cli": {"metrics", "models", "samplers", "weights", "media", "settings", "engine", "training", "plugin"},
+    "cli": {
+        "metrics",
+        "models",
+        "samplers",
+        "weights",
+        "media",
+        "settings",
+        "engine",
+        "training",
+        "batch",
+        "plugin",
+    },
 }
 #: Packages that only the doors may know.
 OUTER = {"modelscope", "argparse", "flask", "fastapi", "gradio", "nicegui", "starlette"}

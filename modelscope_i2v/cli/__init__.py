@@ -21,6 +21,7 @@ from ..errors import (
     MissingPackageError,
     is_out_of_memory,
 )
+from .batch import BATCH
 from .command import PROGRAM
 from .convert import CONVERT
 from .demo import DEMO
@@ -32,7 +33,7 @@ from .preview import PREVIEW
 from .score import SCORE
 from .train import TRAIN
 
-COMMANDS = (DEMO, GENERATE, ENHANCE, PREVIEW, INFO, SCORE, TRAIN, CONVERT, DOCTOR)
+COMMANDS = (DEMO, GENERATE, ENHANCE, BATCH, PREVIEW, INFO, SCORE, TRAIN, CONVERT, DOCTOR)
 
 #: The user's to correct, as a wrong argument is; other errors of ours exit with 1.
 _EXIT_WITH_2 = (InvalidInputError, ConfigurationError, MissingFileError, MissingPackageError)

@@ -18,7 +18,7 @@ from .flags import (
     second_stage_flags,
     values_of,
 )
-from .stages import HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO, StageRun, release_memory
+from .stages import HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO, StageRun, default_refine_model
 
 
 def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +41,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    from ..engine.devices import release_memory
     from ..media.images import open_image
     from ..media.video import check_writable
 
@@ -82,7 +83,7 @@ def _runs(arguments: argparse.Namespace) -> list[StageRun]:
     settings, model = loading_values(arguments), os.path.expanduser(arguments.model)
     runs = [StageRun("image-to-video", model, settings, {**first_like, **first})]
     if refine is not None:
-        second_model = os.path.expanduser(refine) or _default_refine_model(model)
+        second_model = os.path.expanduser(refine) or default_refine_model(model)
         runs.append(StageRun("video-to-video", second_model, settings, {**(second_like or {}), **second}))
     return runs
 
@@ -100,14 +101,6 @@ def _keywords_like(path: str | None) -> tuple[dict[str, Any], dict[str, Any] | N
     from ..settings.record import keywords_like
 
     return keywords_like(read_metadata(path), source_name(path))
-
-
-def _default_refine_model(model: str) -> str:
-    from ..settings.configuration import read_configuration, stages_in
-
-    if os.path.isdir(model) and "video-to-video" in stages_in(read_configuration(model)):
-        return model
-    return HUB_ID_VIDEO_TO_VIDEO
 
 
 GENERATE = Command(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import re
 import sys
@@ -95,6 +94,15 @@ class StageRun:
         return video
 
 
+def default_refine_model(model: str) -> str:
+    """Return stage two's model where stage one's is known: the same folder if it describes both."""
+    from ..settings.configuration import read_configuration, stages_in
+
+    if os.path.isdir(model) and "video-to-video" in stages_in(read_configuration(model)):
+        return model
+    return HUB_ID_VIDEO_TO_VIDEO
+
+
 def check_device(device: str | None) -> None:
     """Refuse a device that is not here, before anything is loaded."""
     if device is None:
@@ -121,15 +129,6 @@ def download(model: str) -> str:
             f"there is no folder {model!r}, and the hub does not give a model of this id: {error}; "
             "with a downloaded model, give its folder"
         ) from error
-
-
-def release_memory() -> None:
-    """Free the memory that a stage held, for the next one."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def let_waiting_threads_sleep() -> None:

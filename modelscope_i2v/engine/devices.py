@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from contextlib import contextmanager
 from typing import Iterator
@@ -55,3 +56,10 @@ def placed_on(network: nn.Module, device: torch.device, low_memory: bool) -> Ite
         network.to(home)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # for the next network
+
+
+def release_memory() -> None:
+    """Free the memory that a stage held, for the next one."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import contextmanager
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -57,9 +57,7 @@ class Progress:
         Raises:
             Interrupted: if the caller's callback raises StopIteration.
         """
-        # None: tqdm's own choice, which is not to show a bar where stderr is no terminal.
-        disable = (None if not _in_notebook() else False) if self.bar is None else not self.bar
-        with tqdm(total=total, initial=done, desc=description, disable=disable) as bar:
+        with progress_bar(description, total, done, self.bar) as bar:
 
             def after_step(step: int, timestep: float, x: Tensor) -> None:
                 bar.update()
@@ -74,6 +72,13 @@ class Progress:
 
     def __str__(self) -> str:
         return ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
+
+
+def progress_bar(description: str, total: int, done: int = 0, show: bool | None = None) -> Any:
+    """Return tqdm's bar on stderr; by default it shows on a terminal and in a notebook only."""
+    # None: tqdm's own choice, which is not to show a bar where stderr is no terminal.
+    disable = (None if not _in_notebook() else False) if show is None else not show
+    return tqdm(total=total, initial=done, desc=description, disable=disable)
 
 
 def _in_notebook() -> bool:

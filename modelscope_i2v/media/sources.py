@@ -26,6 +26,9 @@ from ..errors import (
 )
 
 ALLOWED_SCHEMES = ("http", "https", "file")
+#: Endings of the files that are taken of a folder.
+VIDEO_ENDINGS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .flv .wmv .gif .ogv".split())
+IMAGE_ENDINGS = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff .avif .jxl".split())
 # Two letters at least: "C:" is a Windows drive. "//" is required so that "take:2.png" stays a file name.
 _SCHEME = re.compile(r"([a-z][a-z0-9+.\-]+)://|(data):[a-z]+/", re.IGNORECASE)
 _SHOWN = 300  # characters of a path in a message: someone may pass a file's contents for its path

@@ -18,14 +18,12 @@ from PIL import Image, ImageOps
 
 from ..errors import InvalidInputError, MissingFileError, describe
 from ..media.images import open_image
-from ..media.sources import source_name
+from ..media.sources import IMAGE_ENDINGS, VIDEO_ENDINGS, source_name
 from ..media.video import Video, open_video
 from ..models.config import UNetConfig
 
 logger = logging.getLogger(__name__)
 
-VIDEO_ENDINGS = frozenset(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .flv .wmv .gif .ogv".split())
-IMAGE_ENDINGS = frozenset(".jpg .jpeg .png .webp .bmp .tif .tiff .avif .jxl".split())
 CAPTIONS_FILE = "captions.jsonl"
 
 #: Names under which a row, of a data set or of ``captions.jsonl``, may have its parts.

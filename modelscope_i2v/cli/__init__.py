@@ -31,9 +31,10 @@ from .generate import GENERATE
 from .info import INFO
 from .preview import PREVIEW
 from .score import SCORE
+from .studio import STUDIO
 from .train import TRAIN
 
-COMMANDS = (DEMO, GENERATE, ENHANCE, BATCH, PREVIEW, INFO, SCORE, TRAIN, CONVERT, DOCTOR)
+COMMANDS = (DEMO, GENERATE, ENHANCE, BATCH, PREVIEW, STUDIO, INFO, SCORE, TRAIN, CONVERT, DOCTOR)
 
 #: The user's to correct, as a wrong argument is; other errors of ours exit with 1.
 _EXIT_WITH_2 = (InvalidInputError, ConfigurationError, MissingFileError, MissingPackageError)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
+import sys
 import threading
 from concurrent.futures import CancelledError
 from pathlib import Path
@@ -335,3 +338,29 @@ def test_the_page_asks_for_a_password_where_it_is_told_to(models, tmp_path):
         session = requests.Session()
         login = session.post(f"{url}login", data={"username": "me", "password": "secret"}, timeout=30)
         assert login.ok and session.get(config, timeout=30).ok
+
+
+@pytest.mark.slow
+def test_the_example_for_modelscopes_studios_serves_and_ends(tmp_path):
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install '.[studio]'")
+    port = free_port()
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "TMPDIR": str(tmp_path)}
+    environment["PYTHONPATH"] = str(ROOT)
+    app = ROOT / "examples" / "studio" / "app.py"
+    process = subprocess.Popen([sys.executable, str(app)], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert "--auth" in process.stdout.readline()
+        assert str(port) in process.stdout.readline()
+        page = requests.get(f"http://127.0.0.1:{port}/", timeout=60)
+        assert page.ok and "fonts.googleapis" not in page.text
+    finally:
+        process.terminate()
+        assert process.wait(60) == 0
+    assert list(tmp_path.glob("i2v-studio-*")) == []
+
+
+def test_the_example_asks_for_this_version():
+    requirement = (ROOT / "examples" / "studio" / "requirements.txt").read_text().strip()
+    assert requirement == f"./modelscope_i2v-{modelscope_i2v.__version__}-py3-none-any.whl[studio]"
+    settings = json.loads((ROOT / "examples" / "studio" / "ms_deploy.json").read_text())
+    assert settings["sdk_type"] == "gradio" and settings["sdk_version"].startswith("6.")

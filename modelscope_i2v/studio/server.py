@@ -71,4 +71,4 @@ def wait_for_signal() -> None:
     try:
         signal.pause() if hasattr(signal, "pause") else input()
     except KeyboardInterrupt:
-        return
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough: the end is to be an orderly one

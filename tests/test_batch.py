@@ -74,6 +74,10 @@ def both(small_model) -> list[str]:
 
 @pytest.fixture
 def models(small_model) -> Models:
+    return tiny_models(small_model)
+
+
+def tiny_models(small_model) -> Models:
     folders = dict(zip(("image-to-video", "video-to-video"), map(str, small_model)))
     return Models(folders, {"device": "cpu"})
 
@@ -311,8 +315,7 @@ def lines(folder: Path) -> int:
         return 0
 
 
-@pytest.fixture
-def twelve(tmp_path) -> str:
+def twelve_items(tmp_path: Path) -> str:
     """A list of ten pictures, one that is none and one that is not there."""
     items = []
     for number in range(12):
@@ -325,7 +328,8 @@ def twelve(tmp_path) -> str:
 
 
 @pytest.mark.slow
-def test_killed_twice_and_shared_by_two_it_ends_as_an_undisturbed_run(twelve, models, tmp_path, small_model):
+def test_killed_twice_and_shared_by_two_it_ends_as_an_undisturbed_run(models, tmp_path, small_model):
+    twelve = twelve_items(tmp_path)
     quiet, out = tmp_path / "quiet", tmp_path / "out"
     counts = run_batch(read_items([twelve], str(quiet)), quiet, models)
     assert (counts.made, counts.failed) == (10, 2)

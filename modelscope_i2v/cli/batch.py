@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import Any, Mapping
+from contextlib import ExitStack
+from typing import Any, Callable, Mapping
 
 from ..errors import I2VError, InvalidInputError
 from ..settings.keywords import REFINE_PREFIX
@@ -34,6 +35,12 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     add("--by-stage", action="store_true",
         help="stage one of all items before stage two of all, each model loaded by itself")  # fmt: skip
     add("--score", action="store_true", help="write scores of the videos into results.jsonl")
+    add("--ray", nargs="?", const="", metavar="ADDRESS",
+        help="work on a Ray cluster: auto or HOST:PORT (default: one of its own, here)")  # fmt: skip
+    add("--workers", type=int, metavar="N",
+        help="with --ray: how many (default: one for each GPU, or as many as there is room for)")  # fmt: skip
+    add("--cpus", type=int, metavar="N",
+        help="with --ray and without GPUs: CPUs of each worker (default: all of a node)")  # fmt: skip
     add_loading_flags(parser)
     add_flags(parser, first_stage_flags())
     refine = parser.add_argument_group("stage two: of videos, and of images with --refine")
@@ -48,6 +55,7 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
 def _batch(arguments: argparse.Namespace) -> None:
     from ..media.video import check_writable
 
+    _check_ray_flags(arguments)
     only, own = second_stage_flags()
     first = [each for each in first_stage_flags() if each != PROGRESS]
     keywords = {**values_of(arguments, first), **values_of(arguments, only)}
@@ -60,13 +68,33 @@ def _batch(arguments: argparse.Namespace) -> None:
         check_writable(output)
     folders = _checked_folders(arguments, items)
 
-    from tqdm.auto import tqdm
-
     from ..batch.making import Models, Options
     from ..batch.running import run_batch
 
+    models = Models(folders, loading_values(arguments))
+    options = Options(arguments.by_stage, arguments.score, arguments.progress)
+    report = _reporter(arguments.output)
+    with ExitStack() as stack:
+        workers = None
+        if arguments.ray is not None:
+            from ..batch.ray_workers import connected, ray_workers
+
+            ray = stack.enter_context(connected(arguments.ray))
+            workers = ray_workers(ray, arguments.output, models, options, arguments.workers, arguments.cpus)
+        counts = run_batch(items, arguments.output, models, options, report, workers)
+    words = f"{len(items)} items: {counts.made} made, {counts.found} finished before, {counts.failed} failed"
+    echo(f"{arguments.output}: {words}")
+    if counts.failed:
+        results = os.path.join(arguments.output, "results.jsonl")
+        raise I2VError(f"{counts.failed} of {len(items)} items failed: see {results}")
+
+
+def _reporter(folder: str) -> Callable[[Mapping[str, Any], bool], None]:
+    """Return what prints a line for each item, above the bar."""
+    from tqdm.auto import tqdm
+
     def report(entry: Mapping[str, Any], made: bool) -> None:
-        path = os.path.join(arguments.output, entry["output"])
+        path = os.path.join(folder, entry["output"])
         if entry["status"] == "failed":
             tqdm.write(f"{path}: {entry['error']}", file=sys.stderr)
         elif made:
@@ -76,13 +104,21 @@ def _batch(arguments: argparse.Namespace) -> None:
             tqdm.write(f"{path}: {words}", file=sys.stdout)
             sys.stdout.flush()
 
-    options = Options(arguments.by_stage, arguments.score, arguments.progress)
-    counts = run_batch(items, arguments.output, Models(folders, loading_values(arguments)), options, report)
-    words = f"{len(items)} items: {counts.made} made, {counts.found} finished before, {counts.failed} failed"
-    echo(f"{arguments.output}: {words}")
-    if counts.failed:
-        results = os.path.join(arguments.output, "results.jsonl")
-        raise I2VError(f"{counts.failed} of {len(items)} items failed: see {results}")
+    return report
+
+
+def _check_ray_flags(arguments: argparse.Namespace) -> None:
+    """Refuse what the flags for Ray leave without meaning."""
+    for name in ("workers", "cpus"):
+        value = getattr(arguments, name)
+        if value is not None and arguments.ray is None:
+            raise InvalidInputError(f"--{name} is for --ray")
+        if value is not None and value < 1:
+            raise InvalidInputError(f"--{name}: got {value}, allowed is a whole number from 1")
+    if arguments.ray is not None and arguments.device not in (None, "cpu"):
+        raise InvalidInputError(
+            f"--device: got {arguments.device!r}, allowed with --ray is cpu: it gives each worker its GPU"
+        )
 
 
 def _checked_folders(arguments: argparse.Namespace, items: list[Any]) -> dict[str, str]:

@@ -30,11 +30,14 @@ EXAMPLE = Path(__file__).parents[1] / "assets" / "example.jpg"
 #: Seconds between two looks for files of uploads and results to remove, and the age at which they are.
 _DELETE_CACHE = (600, 7200)
 _CSS = """
-.status { position: sticky; bottom: 0; z-index: 10; background: var(--body-background-fill); }
+.gradio-container { padding-bottom: 8rem; }
+.status { position: fixed; bottom: 0; left: 0; right: 0; z-index: 10; padding: .6rem 2rem;
+  background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary); }
 .status progress { appearance: auto; accent-color: var(--primary-500); width: 100%; height: 1rem; }
-.status img { height: 6rem; margin-top: .5rem; border-radius: .3rem; }
+.status img { height: 5rem; margin-top: .5rem; border-radius: .3rem; }
 .status [role=alert] { font-weight: 600; border-left: .3rem solid #d33; padding-left: .6rem; }
 .record td { padding: .1rem .6rem; vertical-align: top; overflow-wrap: anywhere; }
+.record td:first-child { white-space: nowrap; }
 """
 
 Updates = dict[Any, Any]
@@ -381,7 +384,8 @@ def status_html(progress: Watched, ahead: int, language: int) -> str:
         done = (progress.video + progress.step / max(progress.total, 1)) / progress.videos
         bar = f'<progress value="{done:.3f}" max="1"></progress>'
         if (left := progress.seconds_left) is not None:
-            parts.append(words("left", language, round(left)))
+            key, value = ("minutes_left", left / 60) if left >= 120 else ("left", left)
+            parts.append(words(key, language, round(value)))
     picture = f'<img src="{progress.picture}" alt="">' if progress.picture else ""
     return f"{bar}<div>{html.escape(', '.join(parts))}</div>{picture}"
 

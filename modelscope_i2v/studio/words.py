@@ -53,6 +53,7 @@ WORDS: dict[str, tuple[str, str]] = {
     "of_videos": ("video {} of {}", "第 {}/{} 个视频"),
     "step": ("step {} of {}", "第 {}/{} 步"),
     "left": ("{} s left", "剩余约 {} 秒"),
+    "minutes_left": ("{} min left", "剩余约 {} 分钟"),
     "done": ("Done in {} s.", "完成，用时 {} 秒。"),
     "cancelled": ("Cancelled.", "已取消。"),
     "busy": ("This page has work already: wait for it, or cancel it.", "本页面已有任务：请等待或取消。"),

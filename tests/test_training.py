@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from modelscope_i2v.errors import NumericalError
 from modelscope_i2v.models.autoencoder import SCALE_FACTOR, Autoencoder, AutoencoderConfig
 from modelscope_i2v.models.unet import UNet, UNetConfig
 from modelscope_i2v.samplers.ddim import sample_ddim
@@ -132,7 +133,7 @@ def test_a_loss_that_is_not_finite_stops_with_words():
     network = nn.Linear(1, 1)
     before = network.weight.clone()
     training = Training(network, Schedule(3, 1.0))
-    with pytest.raises(FloatingPointError, match="step 0 is nan: lower the learning rate"):
+    with pytest.raises(NumericalError, match="step 0 is nan: lower the learning rate"):
         list(train(training, lambda generator, step: (network.weight.sum() * float("nan"), {})))
     assert torch.equal(network.weight, before)
 

@@ -81,6 +81,9 @@ def test_faults_of_a_folder_are_named(tmp_path):
     (tmp_path / "captions.jsonl").write_text('{"file": "a.mp4", "text": "a"}\n{"file": "b.mp4"\n')
     with pytest.raises(InvalidInputError, match="captions.jsonl: line 2"):
         read_items(tmp_path)
+    (tmp_path / "captions.jsonl").write_bytes('{"file": "a.mp4", "text": "café"}'.encode("latin-1"))
+    with pytest.raises(InvalidInputError, match="captions.jsonl: cannot be read as UTF-8"):
+        read_items(tmp_path)
 
 
 def test_clips_have_the_rate_that_is_wanted_as_near_as_may_be():
@@ -130,7 +133,7 @@ def test_latents_and_embeddings_are_computed_once(small_model, folder, tmp_path,
     again = encoder_of(small_model, "image-to-video", tmp_path)
     again.stage.autoencoder.encode = again.stage.clip_encoder.forward = None  # nothing may be computed
     assert again.encode(read_items(folder)) == first
-    other = encoder_of(small_model, "image-to-video", tmp_path, frames=2)
+    other = encoder_of(small_model, "image-to-video", tmp_path, frames=2, clips=1)
     assert {each.clip.frames for each in other.encode(read_items(folder))} == {1, 2}
 
 

@@ -20,14 +20,14 @@ from ..engine.image_to_video import ImageToVideo
 from ..engine.stage import Stage
 from ..engine.video_to_video import VideoToVideo
 from ..errors import InvalidInputError
-from ..media.files import atomic_file
+from ..media.files import atomic_file, check_replaceable
 from ..settings.training import TrainingSettings
 from ..weights.loading import PRECISIONS, precision_name
 from .cache import TensorCache
 from .checkpoints import Checkpoints
 from .data import read_items
 from .encoding import EncodedClip, Encoder, draw_clips
-from .loop import Schedule, StepState, Training, train
+from .loop import Schedule, StepState, Training, optimizer_class, train
 from .lora import add_lora, save_adapter
 from .memory import add_checkpointing, estimate_training_memory
 from .objective import Batch, Objective
@@ -89,11 +89,15 @@ class FineTuning:
         self.echo = echo if self._is_main else logger.debug
         if any((self.folder / "checkpoints").glob("step-*.pt")) and not resume:
             raise InvalidInputError(f"'{folder}' holds a run already: resume it, or give another folder")
+        # Encoding may take hours: what would fail after it is tried before.
+        check_replaceable(self.folder / "training.json")
+        optimizer_class(settings.optimizer)
         items = read_items(data)
         self._validation = items[:1] if validation is None else read_items(validation)[:_VALIDATION_VIDEOS]
         self.device = self.processes.device or resolve_device(device)
         self.dtype = training_dtype(settings.precision, self.device)
         self.stage = _load(model, settings, self.device, self.dtype)
+        self._make_trainable()
         kept = TensorCache(cache or self.folder / "cache")
         self.encoder = Encoder(self.stage, settings, kept, self.device)
         if self.processes.count > 1:  # each computes its share; then all read everything
@@ -102,7 +106,6 @@ class FineTuning:
         self.clips = self.encoder.encode(items, progress)
         self.settings = settings = self._in_steps()
         self.objective = _objective(self.stage, settings, self.encoder)
-        self._make_trainable()
         self._say_what_is_trained()
         self.training = self._begin()
         self.checkpoints = Checkpoints(self.folder / "checkpoints", settings, self.clips)

@@ -17,7 +17,7 @@ from typing import Any, Callable, ContextManager, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..errors import MissingPackageError
+from ..errors import CheckpointError, MissingPackageError, NumericalError
 from ..media.files import atomic_file
 
 #: The loss of a batch of a step (counted from 0), and figures to log; all randomness is the generator's.
@@ -84,7 +84,7 @@ class Training:
             if parameter.requires_grad:
                 key = self._rate_factor(name), parameter.ndim > 1
                 groups.setdefault(key, []).append(parameter)
-        self.optimizer = _optimizer(self.optimizer_name)(
+        self.optimizer = optimizer_class(self.optimizer_name)(
             [
                 {"params": parameters, "factor": factor, "weight_decay": self.weight_decay * decays}
                 for (factor, decays), parameters in groups.items()
@@ -101,7 +101,7 @@ class Training:
         """Add the gradients of a step's losses; returns the losses' mean, and the last one's figures.
 
         Raises:
-            FloatingPointError: if a loss is not finite.
+            NumericalError: if a loss is not finite.
         """
         mean = 0.0
         figures: Mapping[str, float] = {}
@@ -110,7 +110,7 @@ class Training:
             with nullcontext() if last else self.no_sync():
                 loss, figures = loss_of(self.generator, self.step)
                 if not torch.isfinite(loss):
-                    raise FloatingPointError(
+                    raise NumericalError(
                         f"the loss of step {self.step} is {loss.item()}: lower the learning rate, "
                         "or look at the data"
                     )
@@ -163,12 +163,19 @@ class Training:
         """Continue from a checkpoint of a run with the same network; returns all that it holds.
 
         ``check`` is called with that before anything is changed, and may raise.
+
+        Raises:
+            CheckpointError: if it cannot be read.
         """
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            weights = {name: state[name] for name in ("network", "average")}
+        except Exception as error:  # of many types: what is no pickle is read as one
+            raise CheckpointError(f"'{path}' is damaged, or no checkpoint of training: {error}") from error
         check(state)
         for network, name in ((self.network, "network"), (self.average, "average")):
             if network is not None:  # frozen parameters are not in the checkpoint
-                network.load_state_dict({**network.state_dict(), **state[name]})
+                network.load_state_dict({**network.state_dict(), **weights[name]})
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state.get("scaler", {}))
         self.generator.set_state(state["generator"])
@@ -180,7 +187,12 @@ class Training:
         return {name: value for name, value in state.items() if name not in frozen}
 
 
-def _optimizer(name: str) -> Callable[..., torch.optim.Optimizer]:
+def optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
+    """Return the class of ``adamw`` or ``adamw8bit``.
+
+    Raises:
+        MissingPackageError: if its package is not installed or does not work here.
+    """
     if name == "adamw":
         return torch.optim.AdamW
     try:
@@ -215,7 +227,7 @@ def train(training: Training, loss_of: Loss) -> Iterator[StepState]:
     """Train from where ``training`` stands to the end of its schedule.
 
     Raises:
-        FloatingPointError: if a loss is not finite; the weights are those of the step before.
+        NumericalError: if a loss is not finite; the weights are those of the step before.
     """
     while training.step < training.schedule.steps:
         loss, figures = training.accumulate_gradients(loss_of)

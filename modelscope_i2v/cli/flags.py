@@ -72,11 +72,12 @@ def add_flags(parser: Any, settings: Iterable[Setting], prefix: str = "") -> Non
             options["metavar"] = f"{{{','.join(each.rule.choices)}}}"
         elif each.rule.kind == "integer" and each.rule.choices:
             options.update(type=integer_or_name, metavar=f"N|{'|'.join(each.rule.choices)}")
+        repeated = "; for several, the flag several times" * (options.get("action") == "append")
         parser.add_argument(
             flag_of(each, prefix),
             dest=prefix + (each.keyword or each.name),
             default=None,
-            help=each.help.replace("%", "%%"),
+            help=each.help.replace("%", "%%") + repeated,
             **options,
         )
 

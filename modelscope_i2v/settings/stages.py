@@ -141,11 +141,11 @@ class StageSettings:
     )  # fmt: skip
     lora: str | tuple[str, ...] | None = _in_call(
         None, Rule("paths", optional=True),
-        "LoRA adapters in the UNet's weights: a file or its folder, or several; an empty list for none",
+        "LoRA adapters to merge into the UNet's weights: a file or its folder, or a list of them",
         alias="lora_dir", quiet=True,
     )  # fmt: skip
     lora_scale: float | tuple[float, ...] = _in_call(
-        1.0, Rule("numbers", -10, 10), "strength of the adapters: of all, or a list of each one's", quiet=True
+        1.0, Rule("numbers", -10, 10), "strength of the adapters: one number for all, or a list", quiet=True
     )
     # Approximations: by default there are none.
     guidance_interval: tuple[int, int] | None = _in_call(

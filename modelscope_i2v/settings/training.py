@@ -27,67 +27,69 @@ class TrainingSettings:
         ConfigurationError: naming the setting, the value and what is allowed.
     """
 
-    stage: str = _setting(IMAGE_TO_VIDEO, choice(*SETTINGS_OF_STAGE), "which stage's UNet is trained")
-    lora: int = _setting(16, integer(1, 1024), "train adapters of this rank on the attentions' projections")
-    full: bool = _setting(False, boolean(), "train all of the UNet's weights instead")
-    steps: int = _setting(1000, integer(1, 10_000_000), "updates of the weights")
+    stage: str = _setting(IMAGE_TO_VIDEO, choice(*SETTINGS_OF_STAGE), "the stage whose UNet is trained")
+    lora: int = _setting(16, integer(1, 1024), "train adapters (LoRA) of this rank")
+    full: bool = _setting(False, boolean(), "train all of the UNet's weights instead of adapters")
+    steps: int = _setting(1000, integer(1, 10_000_000), "number of updates of the weights")
     epochs: int | None = _setting(
-        None, optional(integer(1, 1_000_000)), "train for as many steps as that often all clips take, instead"
+        None, optional(integer(1, 1_000_000)), "passes over all clips, instead of steps"
     )
-    batch_size: int = _setting(1, integer(1, 1024), "clips that go through the network at a time")
-    accumulate: int = _setting(1, integer(1, 1024), "batches whose gradients make one update")
+    batch_size: int = _setting(1, integer(1, 1024), "clips in a batch")
+    accumulate: int = _setting(1, integer(1, 1024), "batches whose mean gradient makes one update")
     learning_rate: float | None = _setting(
-        None, optional(number(0, 1)), "at its highest; by default 1e-4 for adapters, 1e-5 for all weights"
+        None, optional(number(0, 1)), "peak learning rate; by default 1e-4 for adapters, 1e-5 for all weights"
     )
     rate_schedule: str = _setting(
         "cosine", choice(*RATE_SCHEDULES), "how the learning rate falls until the last step"
     )
-    warmup: int = _setting(50, integer(0, 1_000_000), "steps in which the learning rate rises at first")
+    warmup: int = _setting(50, integer(0, 1_000_000), "steps over which the learning rate rises at first")
     optimizer: str = _setting(
         "adamw", choice(*OPTIMIZERS), "adamw8bit takes a quarter of the memory, and needs bitsandbytes"
     )
-    weight_decay: float = _setting(1e-3, number(0, 1), "of weights with two or more dimensions")
-    clip_gradient: float = _setting(1.0, number(1e-9, 1e9), "the largest norm of an update's gradient")
+    weight_decay: float = _setting(1e-3, number(0, 1), "weight decay, of weights with two or more dimensions")
+    clip_gradient: float = _setting(1.0, number(1e-9, 1e9), "norm to which a larger gradient is scaled down")
     ema_decay: float = _setting(
         0.999, number(0, 0.999999),
-        "of the running average of all weights, which is what full training writes; 0 for none",
+        "decay of the running average of all weights, which is what full training writes; 0 for none",
     )  # fmt: skip
     size: tuple[int, int] | None = _setting(
         None, optional(size(8, 8192)),
-        "of the clips in pixels; those of another shape get about as many; by default the model's",
+        "size of the clips; those of another shape get about as many pixels; by default the model's",
     )  # fmt: skip
     frames: int | None = _setting(
-        None, optional(integer(1, 1024)), "of a clip; shorter videos give half, a quarter, ...; "
-        "by default the model's",
+        None, optional(integer(1, 1024)),
+        "frames of a clip; shorter videos give clips of half, a quarter, ...; by default the model's",
     )  # fmt: skip
     fps: int | None = _setting(
         None, optional(integer(1, 240)),
-        "frames per second of the clips, as near as leaving out frames comes; by default the model's",
+        "frame rate of the clips, as near as dropping frames comes to it; by default the model's",
     )  # fmt: skip
-    clips: int = _setting(4, integer(1, 100_000), "the most clips that are taken of one video")
+    clips: int = _setting(4, integer(1, 100_000), "most clips taken from one video")
     image_share: float = _setting(
-        0.125, number(0, 1), "how many of the batches are of single images, where there are images and videos"
+        0.125,
+        number(0, 1),
+        "share of batches that are of single images, where there are images and videos",
     )
     drop_condition: float = _setting(
-        0.1, number(0, 1), "probability of training a clip without its condition, which guidance needs"
+        0.1, number(0, 1), "probability of training a clip without its condition, as guidance needs it"
     )
     start_share: float = _setting(
         0.0, number(0, 1),
-        "how many of stage one's clips are learned from noise alone, where sampling begins; a model that "
-        "samples in a few steps, as the small one, needs half",
+        "share of stage one's clips that are learned from noise alone, where sampling begins; a model that "
+        "samples in a few steps, as the small one, needs 0.5",
     )  # fmt: skip
     checkpointing: bool = _setting(
         True, boolean(), "compute activations again for the gradient: less memory, a third more time"
     )
     precision: str = _setting(
         "auto", choice(*PRECISION_CHOICES),
-        "of what is computed, and of frozen weights; auto is bf16 on CUDA (fp16 before Ampere), else fp32",
+        "precision of computing and of frozen weights; auto is bf16 on CUDA (fp16 before Ampere), else fp32",
     )  # fmt: skip
-    seed: int = _setting(0, integer(0, 2**63 - 1), "of all random draws")
-    save_every: int = _setting(250, integer(1, 10_000_000), "steps between two checkpoints")
-    keep: int = _setting(2, integer(1, 1000), "checkpoints that are kept")
+    seed: int = _setting(0, integer(0, 2**63 - 1), "seed of all random draws")
+    save_every: int = _setting(250, integer(1, 10_000_000), "steps from one checkpoint to the next")
+    keep: int = _setting(2, integer(1, 1000), "newest checkpoints to keep")
     validate_every: int = _setting(
-        0, integer(0, 10_000_000), "steps between two validation videos of the same seed; 0 for none"
+        0, integer(0, 10_000_000), "steps from one set of validation videos to the next; 0 for none"
     )
 
     def __post_init__(self) -> None:

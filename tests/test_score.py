@@ -140,6 +140,7 @@ def test_words_for_people(scene, capsys):
         (["{scene}", "--model", "nowhere"], "there is no such folder"),
         (["{scene}", "--window", "0"], "windows or tiles of 0 that share 0: allowed is a size from 1"),
         (["{scene}", "--tile", "8", "--tile-overlap", "8"], "of 8 that share 8"),
+        (["{scene}", "--window-overlap", "2"], "--window-overlap says nothing without --window"),
     ],
 )
 def test_what_cannot_be_scored_is_said(scene, capsys, arguments, words):

@@ -7,7 +7,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from ..errors import redact
+from ..errors import InvalidInputError, redact
 from .command import Command, echo
 from .stages import check_device
 
@@ -128,6 +128,9 @@ def _borders(video: Video, arguments: argparse.Namespace) -> list[list[int]]:
     settings = SETTINGS_OF_STAGE[stage]()  # the published architecture, unless the model's is known
     if arguments.model is not None and stage in stages_in(read_configuration(arguments.model)):
         settings = load_settings(arguments.model, stage)
+    for name in ("window", "tile"):
+        if getattr(arguments, name) is None and getattr(arguments, f"{name}_overlap") is not None:
+            raise InvalidInputError(f"--{name}-overlap says nothing without --{name}")
     borders = list(recorded_borders(record, shape, settings))
     if arguments.window is not None:
         borders[0] = part_borders(shape[0], arguments.window, arguments.window_overlap)

@@ -298,7 +298,7 @@ def test_loading_with_adapters_is_calling_with_them(first, plain, picture, outpu
     expected = first(picture, lora=output[ONE])
     assert same(weights, state_of(first.unet)) and np.array_equal(stage(picture).frames, expected.frames)
     assert stage(picture, lora=[]).to_bytes() == plain
-    assert same(state_of(stage.unet), state_of(first.unet)) is False
+    assert not same(state_of(stage.unet), state_of(first.unet))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -361,20 +361,8 @@ def test_half_precision_and_another_unet(small_model, picture, output):
 
 def test_the_command_line_takes_several(first, picture, output, small_model, tmp_path, capsys):
     target, adapter = tmp_path / "video.mp4", str(output[ONE])
-    call = [
-        "generate",
-        str(picture),
-        "-o",
-        str(target),
-        "--model",
-        str(small_model[0]),
-        "--steps",
-        "1",
-        "--frames",
-        "2",
-        "--size",
-        "32x32",
-    ]
+    call = ["generate", str(picture), "-o", str(target), "--model", str(small_model[0])]
+    call += ["--steps", "1", "--frames", "2", "--size", "32x32"]
     both = ["--lora", adapter, "--lora-scale", "0.25", "--lora", adapter, "--lora-scale", "0.5"]
     assert main([*call, "--device", "cpu", *both]) == 0
     expected = first(picture, lora=[adapter, adapter], lora_scale=[0.25, 0.5])

@@ -64,12 +64,13 @@ def fitting_tile(
         estimate = estimate_memory(one, request.size, window, window, low_memory, tile)
         return estimate.networks if device.type == "cuda" else estimate.activations
 
-    if needed(None) <= there:
+    whole = needed(None)
+    if whole <= there:
         return None
     sizes = [size for size in TILE_SIZES if size < max(request.size)]
     chosen = next((size for size in sizes if needed(size) <= there), sizes[-1])
     logger.warning(
         "%s: frames of %dx%d go through the networks in tiles of %d pixels: whole ones need about %s, and %s "
-        "can be had", request.stage, *request.size, chosen, in_gigabytes(needed(None)), in_gigabytes(there),
+        "can be had", request.stage, *request.size, chosen, in_gigabytes(whole), in_gigabytes(there),
     )  # fmt: skip
     return chosen

@@ -42,6 +42,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     from ..engine.devices import release_memory
+    from ..engine.spreading import joined_processes
     from ..media.images import open_image
     from ..media.video import check_writable
 
@@ -54,14 +55,15 @@ def _generate(arguments: argparse.Namespace) -> None:
         run.check()
     # Both models before the first is run: downloads fail more often than anything else.
     first, *rest = [run.downloaded() for run in runs]
-    if not rest:
-        first.run(image, arguments.output)
-        return
-    video = first.load()(image, **first.keywords)
-    if arguments.keep_first is not None:
-        echo(video.save(arguments.keep_first))
-    release_memory()
-    rest[0].run(video, arguments.output)
+    with joined_processes() as spread:
+        if not rest:
+            first.run(image, arguments.output, spread)
+            return
+        video = first.make(image, spread)
+        if arguments.keep_first is not None and spread.is_first:
+            echo(video.save(arguments.keep_first))
+        release_memory()
+        rest[0].run(video, arguments.output, spread)
 
 
 def _runs(arguments: argparse.Namespace) -> list[StageRun]:

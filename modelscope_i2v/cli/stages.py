@@ -15,6 +15,7 @@ from .command import echo
 if TYPE_CHECKING:
     from ..engine.generated import GeneratedVideo
     from ..engine.image_to_video import ImageToVideo
+    from ..engine.spreading import Spread
     from ..engine.video_to_video import VideoToVideo
 
 #: The published models: their ids on ModelScope's hub, and the version that this package is for.
@@ -84,10 +85,21 @@ class StageRun:
         stage = ImageToVideo if self.stage == ImageToVideo.name else VideoToVideo
         return stage.load(self.model, **self.settings)
 
-    def run(self, source: Any, output: str) -> GeneratedVideo:
-        """Make the video ``output`` of an image or a video, and say what it is."""
+    def make(self, source: Any, spread: Spread | None = None) -> GeneratedVideo:
+        """Load the stage and return its video of an image or a video, shared by processes."""
+        stage, keywords = self.load(), dict(self.keywords)
+        if spread is not None:
+            stage.spread = spread
+            if not spread.is_first:
+                keywords["progress"] = False
+        return stage(source, **keywords)
+
+    def run(self, source: Any, output: str, spread: Spread | None = None) -> GeneratedVideo:
+        """Make the video ``output`` of an image or a video, and say what it is; the first process does."""
         start = time.monotonic()
-        video = self.load()(source, **self.keywords)
+        video = self.make(source, spread)
+        if spread is not None and not spread.is_first:
+            return video
         path, (count, height, width, _) = video.save(output), video.frames.shape
         words = f"{count} frames of {width}x{height} at {video.fps:g} fps, seed {video.record['seed']}"
         echo(f"{path}: {words} ({time.monotonic() - start:.0f} s)")

@@ -17,6 +17,7 @@ from ..settings.request import Request
 from ..weights.loading import precision_name
 from .memory.out_of_memory import with_less_at_a_time
 from .memory.tiles import TileLimit
+from .spreading import Spread
 
 #: Up to so many latent positions (b f h w), by device, both branches of guidance go through the UNet
 #: together: its deep levels are too small for the device to be busy with one.
@@ -64,6 +65,7 @@ def guided_denoiser(
     latent_scale: int = 8,
     remember: WindowWrapper = lambda velocity: velocity,
     fps: Tensor | None = None,
+    spread: Spread = Spread(),  # noqa: B008 - it has no state
 ) -> Denoiser:
     """Return the denoiser of a generation, for float32 states [B, 4, F, h, w].
 
@@ -78,23 +80,39 @@ def guided_denoiser(
         latent_scale: pixels of a latent position.
         remember: is put around the prediction of each window.
         fps: of stage one's videos, [B].
+        spread: the processes that share windows, or of a single window the branches.
     """
     branches = _Branches(unet, y, negative_y, request.reuse_interval, limit, fps)
 
-    def over_video(velocity: TileVelocity) -> Velocity:
+    def over_window(velocity: TileVelocity) -> WindowVelocity:
         def of_window(x: Tensor, level: NoiseLevel, start: int) -> Tensor:
             return velocity(x, level, (start, 0, 0))
 
         inner = of_window if tiles is None else _in_tiles(velocity, tiles, unet, latent_scale, limit)
-        return windowed(remember(inner), request.window, request.overlap)
+        return remember(inner)
+
+    def over_video(velocity: TileVelocity) -> Velocity:
+        return windowed(over_window(velocity), request.window, request.overlap, spread.parts)
 
     conditional = over_video(branches.conditional)
     velocity = conditional
     if request.guide_scale != 1.0:  # else the unconditional branch would have no part in it
-        velocity = guided(over_video(branches.both), request.guide_scale, request.guide_rescale)
+        both = over_video(branches.both)
+        if spread.count > 1:
+            both = _by_windows(request.window, over_window(branches.spread_by(spread)), both)
+        velocity = guided(both, request.guide_scale, request.guide_rescale)
         if request.guidance_interval is not None:
             velocity = guided_within(request.guidance_interval, velocity, conditional)
     return _finite(denoiser(velocity), precision_name(unet.dtype))
+
+
+def _by_windows(window: int, single: WindowVelocity, several: Velocity) -> Velocity:
+    """Choose by whether a video is one window or more."""
+
+    def velocity(x: Tensor, level: NoiseLevel) -> Tensor:
+        return single(x, level, 0) if x.shape[2] <= window else several(x, level)
+
+    return velocity
 
 
 def _in_tiles(
@@ -163,6 +181,16 @@ class _Branches:
         if small and self._y.shape == self._negative_y.shape:
             contexts = [torch.cat(contexts)]
         return self._predict(x, level, contexts, self._caches_at(level, origin, 2)).unflatten(0, (2, -1))
+
+    def spread_by(self, spread: Spread) -> TileVelocity:
+        """Return ``both``, with either branch computed by other processes."""
+
+        def both(x: Tensor, level: NoiseLevel, origin: Origin) -> Tensor:
+            mine = spread.rank % 2
+            y, cache = (self._y, self._negative_y)[mine], self._caches_at(level, origin, 2)[mine]
+            return torch.stack(spread.gather(self._predict(x, level, [y], [cache]))[:2])
+
+        return both
 
     def _caches_at(self, level: NoiseLevel, origin: Origin, branches: int) -> list[FeatureCache | None]:
         if self._reuse_interval == 1:

@@ -37,6 +37,7 @@ from .memory.out_of_memory import OutOfMemory, is_out_of_memory, not_enough
 from .memory.tiles import TileLimit
 from .precision import select_dtype
 from .progress import Progress
+from .spreading import Spread
 
 AnyStage = TypeVar("AnyStage", bound="Stage")
 
@@ -49,6 +50,7 @@ class Stage(nn.Module):
         unet, autoencoder, clip_encoder: the networks.
         schedule: the noise levels.
         transform: from pictures to what the stage takes.
+        spread: the processes that share each call, all of which make it; by default this one alone.
         device: where the stage was loaded. What is computed follows the networks, wherever they were moved.
     """
 
@@ -82,6 +84,7 @@ class Stage(nn.Module):
         self._chunked_for: torch.device | None = None
         self._compiled = CompiledBlocks(self.unet) if settings.compile else None
         self._one_at_a_time = threading.RLock()
+        self.spread = Spread()
         self._adapters = MergedAdapters(self.unet, self.name)
         self.eval().requires_grad_(False)
         if settings.lora:
@@ -134,6 +137,7 @@ class Stage(nn.Module):
         progress = Progress(checked.pop("callback", None), checked.pop("progress", None))
         progress = watched if isinstance(watched, Progress) else progress
         request = Request.resolve(self.settings, checked)
+        request = replace(request, seed=self.spread.same(request.seed))
         check_limits(self.settings, request)
         for path in request.lora:
             check_adapter(find_adapter(path, self.folder), self.unet, self.name)
@@ -151,8 +155,16 @@ class Stage(nn.Module):
         progress = progress or Progress()
         at_a_time = 1 if self.low_memory else self.settings.decoder_bs
         with self._phase("decoding", progress, request, latents.shape[2], self.autoencoder) as device:
-            latents = latents.to(device)
-            return decode_latents(self.autoencoder, latents, request.size, at_a_time, to_uint8, **options)
+            latents, colours = latents.to(device), options.pop("colours", None)
+
+            def decode(first: int, last: int) -> Tensor:
+                some = None if colours is None else colours[first:last]
+                return decode_latents(
+                    self.autoencoder, latents[:, :, first:last], request.size, at_a_time, to_uint8,
+                    colours=some, **options,
+                )  # fmt: skip
+
+            return self.spread.frames(decode, latents.shape[2], 1 if to_uint8 else 2)
 
     def record(self, request: Request, **more: Any) -> dict[str, Any]:
         """Return how a video of a request is made; ``more`` goes into it."""
@@ -212,8 +224,11 @@ class Stage(nn.Module):
         def denoiser_for(request: Request, remember: WindowWrapper = lambda velocity: velocity) -> Denoiser:
             scale = self.settings.autoencoder.downscale
             return guided_denoiser(
-                self.unet, y, negative_y, request, self._chunk_limit, tiles, scale, remember, fps
+                self.unet, y, negative_y, request, self._chunk_limit, tiles, scale, remember, fps, self.spread
             )
+
+        if self.spread.count > 1:
+            self.spread.check_same(self.name, request, y.cpu(), x.cpu())
 
         if self._compiled is not None:
             whole = replace(request, guidance_interval=None, reuse_interval=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ Origin = tuple[int, int, int]
 WindowVelocity = Callable[[Tensor, NoiseLevel, int], Tensor]
 #: The same of a tile of a window.
 TileVelocity = Callable[[Tensor, NoiseLevel, Origin], Tensor]
+#: Computes the parts that begin at some places, by a function of the place, in order.
+Parts = Callable[[Callable[[int], Tensor], Sequence[int]], Iterable[Tensor]]
 
 
 def window_starts(frames: int, size: int, overlap: int) -> list[int]:
@@ -27,7 +29,7 @@ def window_starts(frames: int, size: int, overlap: int) -> list[int]:
     return [*range(0, frames - size, size - overlap), frames - size]
 
 
-def windowed(velocity: WindowVelocity, size: int, overlap: int) -> Velocity:
+def windowed(velocity: WindowVelocity, size: int, overlap: int, parts: Parts = map) -> Velocity:
     """Predict long videos in overlapping windows of ``size`` frames, blended where they overlap.
 
     Every step blends the windows' predictions, weighted down towards each window's ends (as
@@ -41,7 +43,7 @@ def windowed(velocity: WindowVelocity, size: int, overlap: int) -> Velocity:
         def part(start: int) -> Tensor:
             return velocity(x[:, :, start : start + size], level, start)
 
-        return _blended(part, x.shape[2], size, overlap, -3)
+        return _blended(part, x.shape[2], size, overlap, -3, parts)
 
     return blended
 
@@ -66,19 +68,20 @@ def tiled(velocity: TileVelocity, size: tuple[int, int], overlap: tuple[int, int
     return blended
 
 
-def _blended(part: Callable[[int], Tensor], length: int, size: int, overlap: int, axis: int) -> Tensor:
+def _blended(
+    part: Callable[[int], Tensor], length: int, size: int, overlap: int, axis: int, parts: Parts = map
+) -> Tensor:
     """Return the weighted mean of overlapping parts along an axis, counted from the last."""
     if length <= size:
         return part(0)
     starts = window_starts(length, size, overlap)
-    v = part(starts[0])
-    shape, broadcast = list(v.shape), [-1] + [1] * (-1 - axis)
-    shape[axis] = length
-    ramp = torch.arange(1, size + 1, device=v.device, dtype=v.dtype)
-    weight = torch.minimum(ramp, ramp.flip(0)).clamp_max(overlap + 1).view(broadcast)
-    total, weights = v.new_zeros(shape), v.new_zeros(length).view(broadcast)
-    for start in starts:
-        v = part(start) if start else v
+    for start, v in zip(starts, parts(part, starts)):
+        if start == 0:
+            shape, broadcast = list(v.shape), [-1] + [1] * (-1 - axis)
+            shape[axis] = length
+            ramp = torch.arange(1, size + 1, device=v.device, dtype=v.dtype)
+            weight = torch.minimum(ramp, ramp.flip(0)).clamp_max(overlap + 1).view(broadcast)
+            total, weights = v.new_zeros(shape), v.new_zeros(length).view(broadcast)
         total.narrow(axis, start, size).add_(weight * v)
         weights.narrow(0, start, size).add_(weight)
     return total / weights

@@ -83,7 +83,7 @@ def test_either_form_of_the_index_is_repointed(import_utils, first, beside_stand
     assert index.pop(OTHER_KEY) == STOCK_ENTRY
     assert index[STOCK_KEY] == {**STOCK_ENTRY, "module": "modelscope_i2v.plugin.models"}
     modules = sorted(entry["module"].rpartition(".")[2] for entry in index.values())
-    assert modules == ["models"] * 4 + ["pipelines"] * 4 + ["preprocessors"] * 2
+    assert modules == ["models"] * 4 + ["pipelines"] * 4 + ["preprocessors"] * 2 + ["trainers"] * 2
     assert all(entry.keys() == STOCK_ENTRY.keys() for entry in index.values())
 
 
@@ -170,4 +170,4 @@ def test_imports_in_several_threads_at_once(beside_stand_in):
         {"models/builder.py": in_the_middle + STAND_IN["models/builder.py"]},
         hook=False,
     )
-    assert (done.stdout, done.stderr) == ("10\n['StockModuleFinder', '_Activation']\n", "")
+    assert (done.stdout, done.stderr) == ("12\n['StockModuleFinder', '_Activation']\n", "")

@@ -17,19 +17,17 @@ from pathlib import Path
 
 import torch
 
-from modelscope_i2v.training import small_model as recipe
 from modelscope_i2v.training.loop import Schedule, Training, train
+from modelscope_i2v.training.small_model import PHASES
+from modelscope_i2v.training.small_model.folder import write_model
 
 logger = logging.getLogger("train_small_model")
 
 
 def run_phase(name: str, folder: Path, arguments: argparse.Namespace) -> None:
     """Train one phase to its end, with a checkpoint every minute and a line of figures every 20 steps."""
-    phase = recipe.PHASES[name](folder)
+    phase = PHASES[name](folder)
     steps = arguments.steps or phase.steps
-    if arguments.start is not None:
-        weights = torch.load(arguments.start, map_location="cpu", weights_only=True)["average"]
-        phase.network.load_state_dict(weights)
     training = Training(
         phase.network,
         Schedule(steps, arguments.rate or phase.rate),
@@ -67,13 +65,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, required=True, help="folder for checkpoints and figures")
-    parser.add_argument(
-        "--phase",
-        choices=[*recipe.PHASES, "latents", "large-latents", "write"],
-        help="one phase; all by default",
-    )
+    parser.add_argument("--phase", choices=[*PHASES, "write"], help="one phase; all by default")
     parser.add_argument("--out", type=Path, help="where to write the model folder; RUN/model by default")
-    parser.add_argument("--start", type=Path, help="checkpoint whose weights the phase begins with")
     parser.add_argument("--steps", type=int, help="instead of the phase's own")
     parser.add_argument("--rate", type=float, help="learning rate instead of the phase's own")
     parser.add_argument("--seed", type=int, default=1)
@@ -82,15 +75,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(arguments.threads)
     arguments.run.mkdir(parents=True, exist_ok=True)
-    for name in recipe.PHASES if arguments.phase is None else [arguments.phase]:
-        if name in recipe.PHASES:
-            run_phase(name, arguments.run, arguments)
-        if name == "latents" or (arguments.phase is None and name == "autoencoder"):
-            recipe.write_latents(arguments.run)
-        if name == "large-latents" or (arguments.phase is None and name == "image-to-video"):
-            recipe.write_large_latents(arguments.run)
+    for name in PHASES if arguments.phase is None else {arguments.phase} & PHASES.keys():
+        run_phase(name, arguments.run, arguments)
     if arguments.phase in (None, "write"):
-        recipe.write_model(arguments.run, arguments.out or arguments.run / "model")
+        write_model(arguments.run, arguments.out or arguments.run / "model")
 
 
 if __name__ == "__main__":

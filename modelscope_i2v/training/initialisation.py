@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, Mapping
+from typing import Any, Callable, Mapping, cast
 
 import open_clip
 import torch
@@ -42,6 +42,32 @@ def start_unet(unet: UNet) -> None:
     _clear(unet.out[2])
 
 
+@torch.no_grad()
+def start_as_scaling(unet: UNet, first: float, last: float) -> None:
+    """Set a UNet to multiply its input with ``first`` and then ``last``, whatever timestep and context are.
+
+    The input passes the first convolution, the last skip and the last norm unchanged, as in
+    ``start_as_resampling``. The norm must have one group, with two channels more than
+    twice the input's.
+    """
+    silence_branches(unet)
+    channels = unet.config.in_dim
+    norm, conv_out = cast(nn.GroupNorm, unet.out[0]), cast(nn.Conv2d, unet.out[2])
+    conv_in = cast(nn.Conv2d, cast(nn.ModuleList, unet.input_blocks[0])[0])
+    block = cast(ResidualBlock, cast(nn.ModuleList, unet.output_blocks[-1])[0])
+    shortcut = cast(nn.Conv2d, block.skip_connection)
+    _clear(conv_out)
+    _identity(conv_in, channels)
+    conv_in.weight[:channels] *= first
+    shortcut.weight[:channels] = 0
+    _bias(shortcut)[:channels] = 0
+    skipped = shortcut.in_channels - shortcut.out_channels  # the skip's channels come after the block's own
+    for channel in range(channels):
+        shortcut.weight[channel, skipped + channel] = 1
+    widened = _linear_end(norm, shortcut, block.temopral_conv.conv4[-1], channels)
+    conv_out.weight[:, :, 1, 1] = widened(last * torch.eye(channels))
+
+
 def _clear(layer: nn.Module) -> None:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
@@ -73,8 +99,8 @@ def start_as_resampling(autoencoder: Autoencoder, images: Tensor, detail: float 
     _start_decoder(autoencoder)
 
 
-def _bias(conv: nn.Conv2d) -> Tensor:
-    if conv.bias is None:
+def _bias(conv: nn.Module) -> Tensor:
+    if not isinstance(conv.bias, Tensor):
         raise ValueError(f"each convolution must have a bias, got {conv}")
     return conv.bias
 
@@ -98,7 +124,7 @@ def _identity(conv: nn.Conv2d, channels: int) -> None:
 
 
 def _linear_end(
-    norm: nn.GroupNorm, shortcut: nn.Conv2d, block: parts.ResidualBlock, count: int
+    norm: nn.GroupNorm, shortcut: nn.Conv2d, last: nn.Module, count: int
 ) -> Callable[[Tensor], Tensor]:
     """Make features pass norm and SiLU unchanged, as silu(x) - silu(-x) = x.
 
@@ -108,7 +134,7 @@ def _linear_end(
     Args:
         norm: the last norm.
         shortcut: the convolution that puts the ``count`` features into the first channels.
-        block: the last block before the norm, which adds the constants.
+        last: the last layer of the last branch before the norm, which adds the constants.
         count: how many features there are; at most (channels of a group) / 2 - 1.
 
     Returns:
@@ -120,7 +146,7 @@ def _linear_end(
     bias[count : 2 * count] = -bias[:count]
     shortcut.weight[2 * count : size] = 0
     bias[2 * count : size] = 0
-    _bias(block.conv2)[size - 2 : size] = torch.tensor([_REFERENCE, -_REFERENCE])
+    _bias(last)[size - 2 : size] = torch.tensor([_REFERENCE, -_REFERENCE])
     norm.weight[:size] = _REFERENCE * math.sqrt(2 / size)
     norm.weight[size - 2 : size] = 0
     rest = norm.num_channels - 2 * count
@@ -138,7 +164,7 @@ def _start_encoder(autoencoder: Autoencoder, images: Tensor, detail: float) -> N
         elif isinstance(module, parts.Downsample):
             kept = _pool(module.conv, kept, most)
     shortcut, _ = _end_blocks(encoder.down[-1])
-    widened = _linear_end(encoder.norm_out, shortcut, encoder.mid.block_2, kept)
+    widened = _linear_end(encoder.norm_out, shortcut, encoder.mid.block_2.conv2, kept)
 
     samples = []
     hook = shortcut.register_forward_hook(lambda _, __, output: samples.append(output[:, :kept]))
@@ -200,8 +226,8 @@ def _start_decoder(autoencoder: Autoencoder) -> None:
             conv.weight[:latents], conv.bias[:latents] = 0, 0
             for channel in range(latents):
                 conv.weight[channel, channel] = torch.outer(kernel, kernel)
-    shortcut, last = _end_blocks(decoder.up[0])
-    widened = _linear_end(decoder.norm_out, shortcut, last, 3)
+    shortcut, block = _end_blocks(decoder.up[0])
+    widened = _linear_end(decoder.norm_out, shortcut, block.conv2, 3)
     decoder.conv_out.weight[:] = 0
     decoder.conv_out.weight[:, :, 1, 1] = widened(torch.eye(3))
     _bias(decoder.conv_out)[:] = 0

@@ -14,18 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_SETTINGS
 
 from modelscope_i2v import __version__, cli
-from modelscope_i2v.cli import demo_model, main
+from modelscope_i2v.cli import main
 from modelscope_i2v.cli.stages import StageRun
 from modelscope_i2v.engine.precision import select_dtype
 from modelscope_i2v.engine.progress import Progress
 from modelscope_i2v.engine.stage import Stage
-from modelscope_i2v.media.images import open_image
 from modelscope_i2v.media.video import read_video, write_video
 from modelscope_i2v.settings.stages import PRECISION_CHOICES, call_settings
-from modelscope_i2v.weights import small_model
 from modelscope_i2v.weights.loading import precision_name
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,13 +47,6 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("MODELSCOPE_LOG_LEVEL", raising=False)
     yield folder
     assert not list(temporary.iterdir())
-
-
-@pytest.fixture
-def tiny_demo(monkeypatch):
-    """The demo at the smallest sizes: it runs whatever sizes ``SMALL_SETTINGS`` has."""
-    for stage, settings in TINY_SETTINGS.items():
-        monkeypatch.setitem(small_model.SMALL_SETTINGS, stage, settings)
 
 
 def fails(capsys, arguments: list[str], code: int = 2) -> str:
@@ -165,7 +155,6 @@ def test_running_the_package_as_a_module():
         (["generate", "x.png", "-o", "y.mp4", "--keep-first", "z.mp4", "--refine-steps", "3"],
          "for --refine-steps, --keep-first"),
         (["generate", "x.png", "-o", "y.mp4", "--refine", "--keep-first", "./y.mp4"], "the same file"),
-        (["demo", "--seed", "1.5"], "--seed: invalid int value: '1.5'"),
     ],
 )  # fmt: skip
 def test_wrong_usage(arguments, words, capsys, in_an_empty_folder):
@@ -261,7 +250,6 @@ def test_faulty_images(model, capsys, nothing_is_loaded, in_an_empty_folder):
         (".", "is a folder"),
     ]:
         assert words in fails(capsys, ["generate", image, "-o", "out.mp4", *model])
-        assert words in fails(capsys, ["demo", image, "--cache", "cache"])
     assert everything_below(in_an_empty_folder) == ["text.png"]
 
 
@@ -275,7 +263,6 @@ def test_faulty_outputs(model, small_model, picture, capsys, nothing_is_loaded, 
     assert "'.webm'" in fails(capsys, [*generate, "-o", "out.webm"], code=1)
     refine = ["--refine", small_model[1], "--keep-first", "file/first.mp4"]
     assert "file/first.mp4" in fails(capsys, [*generate, "-o", "out.mp4", *refine], code=1)
-    assert "file/i2v_output.mp4" in fails(capsys, ["demo", "-o", "file", "--cache", "cache"], code=1)
     assert everything_below(in_an_empty_folder) == before
     assert Path("file").read_text() == "mine"
 
@@ -368,119 +355,6 @@ def test_an_output_that_nobody_reads():
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (141, b"")
-
-
-# --- demo ---
-
-
-def test_the_example_picture_ships_and_is_small():
-    assert open_image(demo_model.EXAMPLE_IMAGE).size == (960, 640)
-    assert demo_model.EXAMPLE_IMAGE.stat().st_size <= 100_000
-
-
-def test_demo(tiny_demo, capsys, in_an_empty_folder):
-    assert main(["demo", "--cache", "cache", "--seed", "3"]) == 0
-    first, second = read_video("i2v_output.mp4"), read_video("v2v_output.mp4")
-    assert first.frames.shape == (4, *FIRST_SIZE, 3)
-    assert second.frames.shape == (4, *SECOND_SIZE, 3)
-    assert first.metadata["seed"] == second.metadata["seed"] == "3"
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    assert "Making a small model" in captured.out
-    for words in ("i2v_output.mp4: 4 frames", "v2v_output.mp4: 4 frames", "noise", "random", "5.68 GB"):
-        assert words in captured.out
-    for model in ("damo/Image-to-Video", "damo/Video-to-Video"):
-        assert f"modelscope download --model {model} --revision v1.1.0" in captured.out
-
-    # Again, of a picture of the user's, into a folder: the model is there, and the same.
-    made = {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*")}
-    shutil.copy(demo_model.EXAMPLE_IMAGE, "my picture.jpg")
-    assert main(["demo", "my picture.jpg", "-o", "new/folder", "--cache", "cache", "--seed", "3"]) == 0
-    assert "Making a small model" not in capsys.readouterr().out
-    assert made == {path: path.stat().st_mtime_ns for path in Path("cache").rglob("*")}
-    for name in ("i2v_output.mp4", "v2v_output.mp4"):
-        assert np.array_equal(read_video(name).frames, read_video(f"new/folder/{name}").frames)
-
-
-@pytest.mark.parametrize("given", [None, "ACTIVE"])
-def test_the_demo_shares_the_cores(given, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
-    fails(capsys, ["demo", "missing.png"])
-    assert os.environ.get("OMP_WAIT_POLICY") == given  # torch is loaded: too late to say
-    monkeypatch.delitem(sys.modules, "torch")
-    fails(capsys, ["demo", "missing.png"])
-    assert os.environ["OMP_WAIT_POLICY"] == (given or "PASSIVE")
-
-
-@pytest.fixture
-def quick_model(monkeypatch):
-    """In the model's place two small files; the list of where they were made."""
-    made = []
-
-    def make(folder):
-        made.append(folder)
-        for name in (small_model.IMAGE_TO_VIDEO_ID, small_model.VIDEO_TO_VIDEO_ID):
-            (folder / name).mkdir(parents=True)
-            (folder / name / "weights").write_bytes(bytes(1000))
-
-    monkeypatch.setattr(small_model, "make_small_model", make)
-    return made
-
-
-def test_the_demo_model_is_made_once_and_whole(quick_model, tmp_path, monkeypatch):
-    make, cache = small_model.make_small_model, tmp_path / "cache"
-
-    def interrupted(folder):
-        make(folder)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(small_model, "make_small_model", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        demo_model.demo_model(cache)
-    assert list(cache.iterdir()) == []
-
-    def overtaken(folder):
-        monkeypatch.setattr(small_model, "make_small_model", make)
-        demo_model.demo_model(cache)
-        make(folder)
-
-    monkeypatch.setattr(small_model, "make_small_model", overtaken)
-    announced = []
-    for _ in range(2):
-        first, second = demo_model.demo_model(cache, announced.append)
-        assert (first / "weights").is_file() and (second / "weights").is_file()
-        assert list(cache.iterdir()) == announced and len(announced) == 1
-    monkeypatch.setattr(demo_model, "__version__", "99")
-    assert demo_model.demo_model(cache)[0] != first
-
-
-def test_a_cache_that_cannot_be_written(capsys, quick_model, in_an_empty_folder):
-    Path("file").write_text("mine")
-    message = fails(capsys, ["demo", "--cache", "file/cache"], code=1)
-    assert "cannot make the demo's model in 'file/cache" in message
-    assert everything_below(in_an_empty_folder) == ["file"]
-
-
-@pytest.mark.parametrize(
-    ("platform", "variables", "expected"),
-    [
-        ("linux", {"XDG_CACHE_HOME": "/caches"}, "/caches/modelscope_i2v"),
-        ("linux", {"XDG_CACHE_HOME": "relative"}, "/home/me/.cache/modelscope_i2v"),
-        ("linux", {}, "/home/me/.cache/modelscope_i2v"),
-        ("darwin", {"XDG_CACHE_HOME": "/caches"}, "/home/me/Library/Caches/modelscope_i2v"),
-        ("win32", {"LOCALAPPDATA": "/local"}, "/local/modelscope_i2v"),
-    ],
-)
-@pytest.mark.skipif(os.name != "posix", reason="the paths expected are POSIX ones")
-def test_the_cache_is_where_the_platform_keeps_caches(platform, variables, expected, monkeypatch):
-    monkeypatch.setattr("sys.platform", platform)
-    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"HOME": "/home/me", **variables}.items():
-        monkeypatch.setenv(name, value)
-    assert demo_model.cache_folder() == Path(expected)
 
 
 # --- info, preview, doctor ---

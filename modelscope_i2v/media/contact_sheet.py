@@ -16,11 +16,11 @@ def contact_sheet(videos: Sequence[tuple[str, np.ndarray]], width: int = 224) ->
     """Draw a contact sheet.
 
     Args:
-        videos: (label, frames [F, H, W, 3] uint8), at least one, all of one frame size.
+        videos: (label, frames [F, H, W, 3] uint8), at least one, all of one shape of frames.
         width: of each frame in the sheet, in pixels.
 
     Returns:
-        An RGB image with a row for each video: frames evenly spaced from its first to its last.
+        An RGB image with a row for each video: up to four frames, evenly spaced from its first to its last.
     """
     first = videos[0][1]
     height = max(round(width * first.shape[1] / first.shape[2]), 1)
@@ -32,7 +32,8 @@ def contact_sheet(videos: Sequence[tuple[str, np.ndarray]], width: int = 224) ->
     for row, (label, frames) in enumerate(videos):
         top = _MARGIN + row * row_height
         draw.text((_MARGIN, top), label, fill="black")
-        for column, index in enumerate(np.linspace(0, len(frames) - 1, _COLUMNS).round().astype(int)):
+        shown = np.linspace(0, len(frames) - 1, min(_COLUMNS, len(frames))).round().astype(int)
+        for column, index in enumerate(shown):
             frame = Image.fromarray(frames[index]).resize((width, height))
             sheet.paste(frame, (_MARGIN + column * (width + _MARGIN), top + _LABEL_HEIGHT))
     return sheet

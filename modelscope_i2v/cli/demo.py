@@ -29,7 +29,7 @@ MODEL = _ASSETS / "small_model"
 EXAMPLE_IMAGE = _ASSETS / "example.png"
 
 _ABOUT_THE_MODEL = f"""\
-This model is small, 15 MB, and has seen nothing but drawn scenes: a sky over hills, dunes, snow or the sea,
+This model is small, 14 MB, and has seen nothing but drawn scenes: a sky over hills, dunes, snow or the sea,
 with a ball, a balloon, a boat or a car. Of such a picture it makes that scene in motion; of any other, such
 as a photograph, something vague in its colours. The published model knows the world, and takes 20 GB:
 

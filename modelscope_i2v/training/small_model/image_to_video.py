@@ -153,7 +153,7 @@ class ImageToVideoPhase(Phase[FirstStage]):
 class SteadyPhase(ImageToVideoPhase):
     """Stage one goes on, with a loss of what changes from frame to frame, which flicker is most of."""
 
-    steps, rate, guided_steps = 3000, 7e-4, 1
+    steps, rate, guided_steps = 2400, 7e-4, 1
     first_share, change_weight = 0.75, 4.0
 
     def __init__(self, folder: Path):

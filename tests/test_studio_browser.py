@@ -15,7 +15,7 @@ from test_studio import free_port
 
 from modelscope_i2v.media.video import read_metadata
 from modelscope_i2v.settings.record import from_metadata
-from modelscope_i2v.studio.models import Models
+from modelscope_i2v.studio.models import SMALL_MODEL, Models
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -36,6 +36,16 @@ def served(small_model):
         yield url
 
 
+@pytest.fixture
+def with_the_model_that_ships():
+    pytest.importorskip("gradio", reason="Gradio is not installed: pip install '.[studio]'")
+    from modelscope_i2v.studio.server import serving
+
+    models = Models(SMALL_MODEL, device="cpu")
+    with serving(models, port=free_port()) as url:
+        yield url, models
+
+
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -50,20 +60,20 @@ def opened(served, browser, tmp_path):
     """Open a page in a window of its own; whatever it asks for must come from its own server."""
     contexts, elsewhere = [], []
 
-    def open_page(**options):
+    def open_page(url=served, **options):
         options = {"viewport": {"width": 1280, "height": 1000}, "locale": "en-US", **options}
         contexts.append(browser.new_context(**options))
         page = contexts[-1].new_page()
         page.set_default_timeout(PATIENCE)
         page.on("request", lambda request: elsewhere.append(request.url))
-        page.goto(served)
+        page.goto(url)
         page.wait_for_selector("#try")
         return page
 
     yield open_page
     for context in contexts:
         context.close()
-    allowed = (served, "data:", "blob:")
+    allowed = ("http://127.0.0.1:", "data:", "blob:")
     assert [url for url in elsewhere if not url.startswith(allowed)] == []
 
 
@@ -72,7 +82,9 @@ def keep(request, tmp_path):
     """Keep a screenshot of a whole page."""
     folder = Path(os.environ.get("SCREENSHOTS") or tmp_path)
     folder.mkdir(parents=True, exist_ok=True)
-    return lambda page, name: page.screenshot(path=folder / f"{name}.png", full_page=True)
+    return lambda page, name, **options: page.screenshot(
+        path=folder / f"{name}.png", **{"full_page": True, **options}
+    )
 
 
 def upload(page, place: str, path: Path) -> None:
@@ -210,3 +222,23 @@ def test_a_narrow_dark_chinese_page_by_keyboard_alone(opened, keep):
     page.keyboard.press("Enter")
     page.locator("#status [role=alert]", has_text="请先提供图片").wait_for()
     keep(page, "narrow_dark_chinese")
+
+
+def test_an_example_becomes_a_video_on_the_model_that_ships(with_the_model_that_ships, opened, keep):
+    url, models = with_the_model_that_ships
+    page = opened(url, viewport={"width": 1100, "height": 980})
+    page.locator("#examples img").first.click()
+    page.locator("#picture img").wait_for()
+    page.click("#try")
+    says(page, "Done in")
+    plays(page, "try1")
+    page.click("#choose0")
+    plays(page, "chosen")
+    if models.has_second_stage:
+        page.click("#refine")
+        page.locator("#status progress").wait_for()
+        says(page, "Done in")
+        plays(page, "result")
+    keep(page, "model_that_ships")
+    page.keyboard.press("Control+Home")
+    keep(page, "studio", full_page=False)  # docs/studio.png

@@ -26,12 +26,14 @@ from .words import ENGLISH, error_words, language_of, translations, words
 
 logger = logging.getLogger(__name__)
 
-EXAMPLE = Path(__file__).parents[1] / "assets" / "example.jpg"
+_ASSETS = Path(__file__).parents[1] / "assets"
+#: Scenes such as the small model knows, and a picture that asks for a larger one.
+EXAMPLES = [*sorted((_ASSETS / "scenes").glob("*.png")), _ASSETS / "example.jpg"]
 #: Seconds between two looks for files of uploads and results to remove, and the age at which they are.
 _DELETE_CACHE = (600, 7200)
 _CSS = """
 .gradio-container { padding-bottom: 8rem; }
-.status { position: fixed; bottom: 0; left: 0; right: 0; z-index: 10; padding: .6rem 2rem;
+.status { position: fixed; bottom: 0; left: 0; right: 0; z-index: 1000; padding: .6rem 2rem;
   background: var(--body-background-fill); border-top: 1px solid var(--border-color-primary); }
 .status progress { appearance: auto; accent-color: var(--primary-500); width: 100%; height: 1rem; }
 .status img { height: 5rem; margin-top: .5rem; border-radius: .3rem; }
@@ -111,7 +113,10 @@ class Page:
         with gr.Row():
             with gr.Column():
                 self._picture = _picture(t("picture"), "picture")
-                gr.Examples([[str(EXAMPLE)]], [self._picture], label=t("examples"), api_visibility="private")
+                gr.Examples(
+                    [[str(path)] for path in EXAMPLES], [self._picture], label=t("examples"),
+                    elem_id="examples", api_visibility="private",
+                )  # fmt: skip
             with gr.Column():
                 self._count = gr.Slider(1, work.MOST_SEEDS, 2, step=1, label=t("seeds"), elem_id="seeds")
                 self._seed = gr.Textbox(label=t("first_seed"), max_length=20, elem_id="seed")

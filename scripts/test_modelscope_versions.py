@@ -40,8 +40,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
 TESTS = ("tests/test_activation.py", "tests/test_pipelines.py")
 
 MAKE_MODEL_AND_PICTURE = """
+import sys
+sys.path.append("scripts")
 from PIL import Image
-from modelscope_i2v.weights.small_model import make_small_model
+from make_small_model import make_small_model
 settings = {"max_frames": 2, "latent_hei": 10, "latent_wid": 16, "steps": 1}
 make_small_model(".", {"image-to-video": settings, "video-to-video": settings})
 Image.linear_gradient("L").convert("RGB").save("test.jpg")
@@ -91,6 +93,8 @@ class Environment:
             subprocess.run([python, "-m", "venv", str(folder)], check=True)
         shutil.rmtree(self.work, ignore_errors=True)
         shutil.copytree(ROOT / "tests", self.work / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        (self.work / "scripts").mkdir()
+        shutil.copy(ROOT / "scripts" / "make_small_model.py", self.work / "scripts")
         shutil.copy(ROOT / "pyproject.toml", self.work)
         shared = Path(self.ask("import sysconfig; print(sysconfig.get_path('purelib'))"), "shared.pth")
         shared.unlink(missing_ok=True)

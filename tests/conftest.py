@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from environments import Environment
+from make_small_model import make_small_model
 from sample_videos import moving_frames
 from stage_pipelines import STAGES, built
 
 from modelscope_i2v.media.video import video_bytes
-from modelscope_i2v.weights.small_model import make_small_model
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -10,12 +10,12 @@ import open_clip
 import pytest
 import torch
 from conftest import load_fixture, load_json, relative_error
+from make_small_model import random_state_dict
 from tiny_networks import normal
 
 from modelscope_i2v.errors import ConfigurationError, InvalidInputError
 from modelscope_i2v.models.clip import ClipConfig, ClipImageEncoder, ClipTextEncoder, build_clip
 from modelscope_i2v.models.config import VIT_H_14
-from modelscope_i2v.weights.small_model import random_state_dict
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

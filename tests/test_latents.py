@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import relative_error
+from make_small_model import random_state_dict
 from tiny_networks import normal
 
 from modelscope_i2v.engine.latents import (
@@ -17,7 +18,6 @@ from modelscope_i2v.engine.latents import (
 )
 from modelscope_i2v.models.autoencoder import Autoencoder, AutoencoderConfig
 from modelscope_i2v.models.unet import UNetConfig
-from modelscope_i2v.weights.small_model import random_state_dict
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

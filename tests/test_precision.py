@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import relative_error
+from make_small_model import random_state_dict
 from modelscope.pipelines import pipeline
 from tiny_networks import STAGES, TINY, built, channels_last, inputs_of
 
@@ -17,7 +18,6 @@ from modelscope_i2v.models import unet as unets
 from modelscope_i2v.models.autoencoder import Autoencoder, AutoencoderConfig
 from modelscope_i2v.models.layers import GroupNormSiLU, TemporalConv
 from modelscope_i2v.models.unet import UNetConfig
-from modelscope_i2v.weights.small_model import random_state_dict
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

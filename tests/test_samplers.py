@@ -16,6 +16,7 @@ import pytest
 import torch
 import torchsde
 from conftest import load_fixture, load_json, relative_error
+from make_small_model import random_state_dict
 
 from modelscope_i2v.models.unet import UNet, UNetConfig
 from modelscope_i2v.samplers.ddim import sample_ddim
@@ -32,7 +33,6 @@ from modelscope_i2v.samplers.schedules import (
     stable_diffusion_schedule,
 )
 from modelscope_i2v.samplers.windows import tiled, window_starts, windowed
-from modelscope_i2v.weights.small_model import random_state_dict
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

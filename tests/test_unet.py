@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_fixture, load_json, relative_error
+from make_small_model import random_weight
 from tiny_networks import STAGE_TWO, STAGES, TINY, built, inputs_of, normal, with_random_weights
 from torch import nn
 
@@ -27,7 +28,6 @@ from modelscope_i2v.models.transformers import (
     TransformerBlock,
 )
 from modelscope_i2v.models.unet import UNet, UNetConfig, sinusoidal_embedding
-from modelscope_i2v.weights.small_model import random_weight
 
 pytestmark = pytest.mark.usefixtures("without_gradients")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from make_small_model import random_state_dict
 from torch import nn
 
 from modelscope_i2v.models.layers import in_channels_last
 from modelscope_i2v.models.unet import UNet, UNetConfig
-from modelscope_i2v.weights.small_model import random_state_dict
 
 STAGE_TWO = {"image_conditioned": False, "row_padding": 2}
 STAGES = {"unet_i2v": {}, "unet_v2v": STAGE_TWO}

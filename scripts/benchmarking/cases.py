@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from make_small_model import random_state_dict
 from torch import Tensor, nn
 
 from modelscope_i2v.models.autoencoder import Autoencoder
@@ -18,7 +19,6 @@ from modelscope_i2v.models.clip import build_clip
 from modelscope_i2v.models.unet import UNet
 from modelscope_i2v.settings.configuration import load_settings
 from modelscope_i2v.settings.stages import StageSettings
-from modelscope_i2v.weights.small_model import random_state_dict
 
 TASKS = {1: "image-to-video", 2: "video-to-video"}
 PUBLISHED_STEPS = {1: 50, 2: 30}

@@ -226,7 +226,7 @@ def test_a_narrow_dark_chinese_page_by_keyboard_alone(opened, keep):
 
 def test_an_example_becomes_a_video_on_the_model_that_ships(with_the_model_that_ships, opened, keep):
     url, models = with_the_model_that_ships
-    page = opened(url, viewport={"width": 1100, "height": 980})
+    page = opened(url, viewport={"width": 1100, "height": 1620})
     page.locator("#examples img").first.click()
     page.locator("#picture img").wait_for()
     page.click("#try")
@@ -239,6 +239,5 @@ def test_an_example_becomes_a_video_on_the_model_that_ships(with_the_model_that_
         page.locator("#status progress").wait_for()
         says(page, "Done in")
         plays(page, "result")
-    keep(page, "model_that_ships")
     page.keyboard.press("Control+Home")
     keep(page, "studio", full_page=False)  # docs/studio.png

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import getpass
 import os
+import signal
 
 from ..errors import InvalidInputError
 from .command import Command, echo
@@ -47,6 +48,7 @@ def _studio(arguments: argparse.Namespace) -> None:
     auth = _auth(arguments.auth)
     if arguments.host not in ("127.0.0.1", "localhost", "::1") and auth is None:
         echo(f"Whoever reaches {arguments.host} can use this page: --auth asks for a password.")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no files are left behind
     with serving(models, arguments.host, arguments.port, arguments.queue, auth) as url:
         echo(f"The studio is at {url} (Ctrl-C ends it)")
         wait_for_signal()

@@ -26,9 +26,8 @@ from .words import ENGLISH, error_words, language_of, translations, words
 
 logger = logging.getLogger(__name__)
 
-_ASSETS = Path(__file__).parents[1] / "assets"
-#: Scenes such as the small model knows, and a picture that asks for a larger one.
-EXAMPLES = [*sorted((_ASSETS / "scenes").glob("*.png")), _ASSETS / "example.jpg"]
+#: Scenes such as the model that ships knows.
+EXAMPLES = sorted((Path(__file__).parents[1] / "assets" / "scenes").glob("*.png"))
 #: Seconds between two looks for files of uploads and results to remove, and the age at which they are.
 _DELETE_CACHE = (600, 7200)
 _CSS = """

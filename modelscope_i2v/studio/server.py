@@ -66,8 +66,7 @@ def serving(
 
 
 def wait_for_signal() -> None:
-    """Return when the process is interrupted or asked to end."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """Return when the process is interrupted."""
     try:
         signal.pause() if hasattr(signal, "pause") else input()
     except KeyboardInterrupt:

@@ -504,8 +504,9 @@ def test_wrong_value_of_a_part_is_named_with_what_is_allowed(tmp_path, section, 
     allowed = f"a {number} from {low} to {high}"
     wrong: list[Any] = [low - 1, high + 1, "4", None, True, 0.5 if number == "whole number" else math.nan]
     if name in LISTS:
-        allowed = f"a list of 1 to 8 entries, each {allowed}"
-        wrong = [*([1, each] for each in wrong), [], 1, [1] * 9]
+        fewest = 0 if name == "attn_scales" else 1
+        allowed = f"a list of {fewest} to 8 entries, each {allowed}"
+        wrong = [*([1, each] for each in wrong), *([[]] * fewest), 1, [1] * 9]
     in_ddconfig = section == "auto_encoder" and name != "embed_dim"
     for value in wrong:
         for contents in ({name: value}, *([{"ddconfig": {name: value}}] if in_ddconfig else [])):

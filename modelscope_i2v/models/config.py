@@ -20,32 +20,34 @@ LAYER_CHOICES = ("penultimate", "last")
 MAX_LEVELS = 8
 
 
-def _bounded(default: Any, low: float, high: float) -> Any:
-    """A field whose value, or each entry of it, is a number from ``low`` to ``high``."""
-    return field(default=default, metadata={"bounds": (low, high)})
+def _bounded(default: Any, low: float, high: float, fewest: int = 1) -> Any:
+    """A field whose value, or each of ``fewest`` entries or more, is a number from ``low`` to ``high``."""
+    return field(default=default, metadata={"bounds": (low, high), "fewest": fewest})
 
 
 def _check_bounds(config: Any, section: str) -> None:
     for each in dataclasses.fields(config):
         if each.metadata:
             value, is_list = getattr(config, each.name), isinstance(each.default, tuple)
-            _check_numbers(f"{section}: {each.name}", value, each.metadata["bounds"], is_list)
+            _check_numbers(f"{section}: {each.name}", value, **each.metadata, is_list=is_list)
 
 
-def _check_numbers(name: str, value: Any, bounds: tuple[float, float], is_list: bool) -> None:
+def _check_numbers(
+    name: str, value: Any, bounds: tuple[float, float], is_list: bool, fewest: int = 1
+) -> None:
     """Refuse what is not a number within bounds, whole if they are, or a list of one for each level."""
     low, high = bounds
     whole = isinstance(high, int)
-    entries = value if is_list and isinstance(value, (list, tuple)) else [] if is_list else [value]
-    fit = all(
+    entries = value if is_list and isinstance(value, (list, tuple)) else [value]
+    fit = is_list == isinstance(value, (list, tuple)) and all(
         isinstance(entry, int if whole else (int, float))
         and not isinstance(entry, bool)
         and low <= entry <= high
         for entry in entries
     )
-    if not fit or not 1 <= len(entries) <= MAX_LEVELS:
+    if not fit or not fewest <= len(entries) <= MAX_LEVELS:
         allowed = f"a {'whole ' if whole else ''}number from {low} to {high}"
-        allowed = f"a list of 1 to {MAX_LEVELS} entries, each {allowed}" if is_list else allowed
+        allowed = f"a list of {fewest} to {MAX_LEVELS} entries, each {allowed}" if is_list else allowed
         got = list(value) if isinstance(value, tuple) else value  # as a file has it
         raise ConfigurationError(f"{name}: got {describe(got)}, allowed is {allowed}")
 
@@ -71,7 +73,7 @@ class UNetConfig:
     num_heads: int = _bounded(8, 1, 256)
     head_dim: int = _bounded(64, 1, 1024)
     num_res_blocks: int = _bounded(2, 1, 16)
-    attn_scales: tuple[float, ...] = _bounded((1.0, 0.5, 0.25), 0.0, 1.0)
+    attn_scales: tuple[float, ...] = _bounded((1.0, 0.5, 0.25), 0.0, 1.0, fewest=0)
     num_tokens: int = _bounded(4, 1, 1024)
     default_fps: int = _bounded(8, 1, 240)
     num_groups: int = _bounded(32, 1, 4096)

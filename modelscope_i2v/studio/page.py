@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import html
+import importlib
 import logging
 import tempfile
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Iterator
-
-import gradio as gr
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from ..engine.enhancement import DEFAULT_SCALE, DEFAULTS
 from ..errors import I2VError, Interrupted, InvalidInputError, OutputError
@@ -23,6 +22,18 @@ from .jobs import Job, Jobs
 from .models import Models
 from .watching import Watched
 from .words import ENGLISH, error_words, language_of, translations, words
+
+if TYPE_CHECKING:
+    import gradio as gr
+else:
+
+    class _Gradio:
+        """Gradio, imported when it is first used: this module is imported without it, too."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(importlib.import_module("gradio"), name)
+
+    gr = _Gradio()
 
 logger = logging.getLogger(__name__)
 

@@ -45,11 +45,13 @@ def serving(
         cache.mkdir()
         os.environ.update(GRADIO_TEMP_DIR=str(cache), GRADIO_ANALYTICS_ENABLED="False")
         try:
-            from .page import Page
+            import gradio  # noqa: F401 - after its variables are set
         except ImportError as error:
             raise MissingPackageError(
                 f"the studio needs Gradio: pip install 'modelscope_i2v[studio]' ({error})"
             ) from error
+        from .page import Page
+
         page = Page(models, places, files)
         options: dict[str, Any] = {"server_name": host, "server_port": port, "auth": auth}
         try:

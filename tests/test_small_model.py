@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import modelscope_i2v
-from modelscope_i2v import TwoStages, metrics
+from modelscope_i2v import TwoStages, VideoToVideo, metrics
 from modelscope_i2v.media.video import Video
+from modelscope_i2v.samplers.windows import window_starts
 from modelscope_i2v.training.scenes import TRAINING_SEEDS, Scene, draw
 from modelscope_i2v.training.small_model import PHASES
 
@@ -181,3 +182,24 @@ def test_its_recipe_makes_such_a_folder(tmp_path, monkeypatch):
         assert shapes == made
     record = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     assert set(record["phases"]) == set(PHASES)
+
+
+def borders(count, size, overlap):
+    """Where parts of ``size`` that share ``overlap`` begin and end within ``count``."""
+    starts = window_starts(count, size, overlap)
+    return sorted({place for start in starts for place in (start, start + size) if 0 < place < count})
+
+
+def test_windows_and_tiles_leave_no_seams():
+    second = VideoToVideo.load(FOLDER, "cpu")
+    video = Video(draw(SEEDS[3], frames=16, size=SIZE)[0], fps=8)
+    whole, windows, tiles = (
+        second(video, seed=1, max_frames=16, **parts).frames
+        for parts in ({}, {"chunk_size": 8, "overlap_size": 4}, {"tile_size": 160, "tile_overlap": 40})
+    )
+    assert not np.array_equal(windows, whole) and not np.array_equal(tiles, whole)
+    assert metrics.seam_score(windows, borders(16, 8, 4), axis=0) <= 1.05
+    for axis, pixels in ((1, LARGE_SIZE[1]), (2, LARGE_SIZE[0])):
+        places = borders(pixels, 160, 40)
+        steps, of_the_scene = (metrics.seam_score(each, places, axis) for each in (tiles, whole))
+        assert steps <= of_the_scene + 0.05

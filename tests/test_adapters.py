@@ -25,6 +25,8 @@ from modelscope_i2v.settings.request import Request
 from modelscope_i2v.training.lora import save_adapter
 from modelscope_i2v.weights.adapters import MergedAdapters, find_adapter, read_adapter
 
+pytestmark = pytest.mark.slow  # as a whole: left out of the fast loop
+
 ONE, TWO = STAGES
 LAYER = "middle_block.1.transformer_blocks.0.attn1.to_q"
 WEIGHT = f"{LAYER}.weight"

@@ -13,6 +13,8 @@ from modelscope_i2v.errors import MissingPackageError
 from modelscope_i2v.models.unet import UNetConfig
 from modelscope_i2v.samplers.schedules import NoiseLevel
 
+pytestmark = pytest.mark.slow  # as a whole: left out of the fast loop
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before(without_gradients):

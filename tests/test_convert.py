@@ -38,6 +38,8 @@ from modelscope_i2v.weights import open_checkpoint
 from modelscope_i2v.weights.conversion import convert_folder
 from modelscope_i2v.weights.parts import stage_parts
 
+pytestmark = pytest.mark.slow  # as a whole: left out of the fast loop
+
 ONE, TWO = STAGES = ("image-to-video", "video-to-video")
 CLIP, AUTOENCODER = "open_clip_pytorch_model", "v2-1_512-ema-pruned"
 UNETS = {ONE: "base_03_alldata_fps_v_80g_0789000", TWO: "non_ema_0035000"}

@@ -14,6 +14,8 @@ from modelscope_i2v.cli import demo, main
 from modelscope_i2v.media.video import read_video
 from modelscope_i2v.training.scenes import draw
 
+pytestmark = pytest.mark.slow  # as a whole: left out of the fast loop
+
 
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path, monkeypatch):

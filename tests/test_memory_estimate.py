@@ -24,6 +24,8 @@ from modelscope_i2v.settings.request import Request
 from modelscope_i2v.settings.stages import ImageToVideoSettings, VideoToVideoSettings
 from modelscope_i2v.weights.loading import precision_name
 
+pytestmark = pytest.mark.slow  # as a whole: left out of the fast loop
+
 ONE, TWO = ImageToVideoSettings, VideoToVideoSettings
 GIB = 2**30
 

@@ -14,6 +14,8 @@ from modelscope_i2v.engine.devices import device_of
 from modelscope_i2v.media.video import read_video
 from modelscope_i2v.models import triton_group_norm
 
+pytestmark = pytest.mark.slow  # as a whole: left out of the fast loop
+
 ONE, TWO = STAGES
 
 

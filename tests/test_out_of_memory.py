@@ -22,6 +22,8 @@ from modelscope_i2v.models.transformers import GEGLU
 from modelscope_i2v.settings.request import Request
 from modelscope_i2v.settings.stages import ImageToVideoSettings, VideoToVideoSettings
 
+pytestmark = pytest.mark.slow  # as a whole: left out of the fast loop
+
 CPU = torch.device("cpu")
 
 

@@ -19,6 +19,8 @@ from modelscope_i2v.samplers.windows import window_starts
 from modelscope_i2v.training.scenes import TRAINING_SEEDS, Scene, draw
 from modelscope_i2v.training.small_model import PHASES
 
+pytestmark = pytest.mark.slow  # as a whole: left out of the fast loop
+
 FOLDER = Path(modelscope_i2v.__file__).parent / "assets" / "small_model"
 SEEDS = range(TRAINING_SEEDS + 500, TRAINING_SEEDS + 508)
 SIZE, LARGE_SIZE = (160, 96), (320, 192)

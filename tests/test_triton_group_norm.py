@@ -22,6 +22,8 @@ from modelscope_i2v.models.triton_group_norm import (
     supports,
 )
 
+pytestmark = pytest.mark.slow  # as a whole: left out of the fast loop
+
 GROUPS = 32
 H200 = 132  # multiprocessors
 

@@ -9,16 +9,16 @@ from contextlib import ExitStack
 from typing import Any, Callable, Mapping
 
 from ..errors import I2VError, InvalidInputError
-from ..settings.keywords import REFINE_PREFIX
 from ..settings.stages import IMAGE_TO_VIDEO, VIDEO_TO_VIDEO
 from .command import Command, echo
 from .flags import (
     PROGRESS,
     add_flags,
     add_loading_flags,
+    add_second_stage_flags,
     first_stage_flags,
     loading_values,
-    second_stage_flags,
+    second_stage_values,
     values_of,
 )
 from .stages import HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO, StageRun, default_refine_model
@@ -47,19 +47,15 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     refine.add_argument("--refine", nargs="?", const="", metavar="DIR_OR_ID",
         help="run it on images, too, of this folder or id on the hub (default: stage one's folder if it "
         f"describes both stages, else {HUB_ID_VIDEO_TO_VIDEO})")  # fmt: skip
-    only_second, own_of_second = second_stage_flags()
-    add_flags(refine, only_second)
-    add_flags(refine, own_of_second, REFINE_PREFIX)
+    add_second_stage_flags(refine)
 
 
 def _batch(arguments: argparse.Namespace) -> None:
     from ..media.video import check_writable
 
     _check_ray_flags(arguments)
-    only, own = second_stage_flags()
     first = [each for each in first_stage_flags() if each != PROGRESS]
-    keywords = {**values_of(arguments, first), **values_of(arguments, only)}
-    keywords.update(values_of(arguments, own, REFINE_PREFIX))
+    keywords = {**values_of(arguments, first), **second_stage_values(arguments)}
 
     from ..batch.items import read_items
 

@@ -6,6 +6,7 @@ import argparse
 import re
 from typing import Any, Callable, Iterable
 
+from ..settings.keywords import REFINE_PREFIX
 from ..settings.stages import (
     CALL_ONLY,
     IMAGE_TO_VIDEO,
@@ -91,6 +92,19 @@ def values_of(arguments: argparse.Namespace, settings: Iterable[Setting], prefix
     """Return the values of the flags that were given, by keyword."""
     keywords = [prefix + (each.keyword or each.name) for each in settings]
     return without_none(**{keyword: getattr(arguments, keyword) for keyword in keywords})
+
+
+def add_second_stage_flags(group: Any) -> None:
+    """Add the flags of stage two beside stage one's: what both have for themselves with ``--refine-``."""
+    only, own = second_stage_flags()
+    add_flags(group, only)
+    add_flags(group, own, REFINE_PREFIX)
+
+
+def second_stage_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the values of the flags that ``add_second_stage_flags`` added."""
+    only, own = second_stage_flags()
+    return {**values_of(arguments, only), **values_of(arguments, own, REFINE_PREFIX)}
 
 
 def add_loading_flags(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,12 @@ from .command import Command, echo, without_none
 from .flags import (
     add_flags,
     add_loading_flags,
+    add_second_stage_flags,
     first_stage_flags,
     flag_of,
     loading_values,
     second_stage_flags,
+    second_stage_values,
     values_of,
 )
 from .stages import HUB_ID_IMAGE_TO_VIDEO, HUB_ID_VIDEO_TO_VIDEO, StageRun, default_refine_model
@@ -34,9 +36,7 @@ def _add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     refine.add_argument("--refine", nargs="?", const="", metavar="DIR_OR_ID",
         help="run it too, of this folder or id on the hub (default: stage one's folder if it describes both "
         f"stages, else {HUB_ID_VIDEO_TO_VIDEO})")  # fmt: skip
-    only_second, own_of_second = second_stage_flags()
-    add_flags(refine, only_second)
-    add_flags(refine, own_of_second, REFINE_PREFIX)
+    add_second_stage_flags(refine)
     refine.add_argument("--keep-first", metavar="PATH", help="write stage one's video there")
 
 
@@ -71,7 +71,7 @@ def _runs(arguments: argparse.Namespace) -> list[StageRun]:
     first_like, second_like = _keywords_like(arguments.like)
     refine = "" if arguments.refine is None and second_like is not None else arguments.refine
     only, own = second_stage_flags()
-    second = {**values_of(arguments, only), **values_of(arguments, own, REFINE_PREFIX)}
+    second = second_stage_values(arguments)
     if refine is None:
         flags = [flag_of(each) for each in only if each.keyword in second]
         flags += [flag_of(each, REFINE_PREFIX) for each in own if REFINE_PREFIX + each.keyword in second]

@@ -122,6 +122,10 @@ class Scene:
             canvas.paint(_placed(shape, x, y, self.size, facing), colour)
         return canvas.pixels()
 
+    def clip(self, frames: int, size: tuple[int, int], fps: float) -> np.ndarray:
+        """Paint frames from the first one on, uint8 [F, H, W, 3]."""
+        return np.stack([self.frame(number / fps, size) for number in range(frames)])
+
     def _paint_ground(self, canvas: _Canvas, pan: float) -> None:
         near, far = (self._lit(colour) for colour in _GROUNDS[self.ground])
         height, phase = self.ridge
@@ -148,7 +152,7 @@ def draw(
         The frames, uint8 [F, H, W, 3], and a caption.
     """
     scene = Scene.from_seed(seed)
-    return np.stack([scene.frame(number / fps, size) for number in range(frames)]), scene.caption
+    return scene.clip(frames, size, fps), scene.caption
 
 
 def all_captions() -> list[str]:

@@ -76,5 +76,5 @@ def load_autoencoder(folder: Path) -> Autoencoder:
 @torch.no_grad()
 def latents_of(autoencoder: Autoencoder, scene: Scene, size: tuple[int, int], frames: int = FRAMES) -> Tensor:
     """The diffusion's latents [C, F, h, w] of a scene, float16."""
-    video = to_tensor(np.stack([scene.frame(number / FPS, size) for number in range(frames)]))
+    video = to_tensor(scene.clip(frames, size, FPS))
     return SCALE_FACTOR * autoencoder.encode(video).mode().transpose(0, 1).half()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -16,7 +15,7 @@ from ..initialisation import start_as_scaling, start_clip
 from ..scenes import Scene
 from .architecture import CLIP, FRAMES, LATENTS, PLACE, SIZE, STAGE_ONE, unet_config
 from .autoencoder import latents_of, load_autoencoder
-from .phase import Phase
+from .phase import Phase, save_shard
 from .tower import object_weights, picture_of, places
 
 #: The first latents are the colours.
@@ -36,9 +35,7 @@ def write_latents(folder: Path, count: int, shard: int = 50) -> None:
                 "latents": torch.stack([latents_of(autoencoder, scene, SIZE) for scene in scenes]),
                 "pictures": torch.stack([picture_of(scene) for scene in scenes]),
             }
-            partial = path.with_suffix(".partial")
-            torch.save(entries, partial)
-            os.replace(partial, path)
+            save_shard(entries, path)
 
 
 class FirstStage(nn.Module):

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...media.files import atomic_file
+
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -41,6 +43,12 @@ class Phase(Generic[Network]):
 def to_tensor(frames: np.ndarray) -> Tensor:
     """[F, H, W, 3] uint8 to [F, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def save_shard(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors to a file that appears when it is complete."""
+    with atomic_file(path) as partial:
+        torch.save(dict(tensors), partial)
 
 
 def psnr(images: Tensor, target: Tensor) -> float:

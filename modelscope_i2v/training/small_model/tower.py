@@ -30,7 +30,7 @@ def picture_of(scene: Scene) -> Tensor:
 def thumbnails_of(scene: Scene) -> Tensor:
     """All frames at two pixels a position of the context's grid, [F, 2 h, 2 w, 3] uint8."""
     width, height = GRID
-    frames = np.stack([scene.frame(number / FPS, (4 * width, 4 * height)) for number in range(FRAMES)])
+    frames = scene.clip(FRAMES, (4 * width, 4 * height), FPS)
     return torch.from_numpy(
         frames.reshape(FRAMES, 2 * height, 2, 2 * width, 2, 3).mean((2, 4)).round()
     ).byte()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,7 +18,7 @@ from ..initialisation import start_as_scaling, start_clip
 from ..scenes import TRAINING_SEEDS, Scene
 from .architecture import CLIP, FPS, FRAMES, LARGE_SIZE, LATENTS, NOISE_LEVELS, SIZE, STAGE_TWO, unet_config
 from .autoencoder import load_autoencoder
-from .phase import Phase, to_tensor
+from .phase import Phase, save_shard, to_tensor
 
 FIRST_SEED, TESTS = 10_000, 4
 CROP = 20, 12  # of the latents, (width, height): each step sees parts of clips
@@ -39,9 +37,7 @@ def write_large_latents(folder: Path, count: int, shard: int = 20) -> None:
             true, enlarged = (
                 torch.stack(each) for each in zip(*(_pair(autoencoder, seed) for seed in seeds))
             )
-            partial = path.with_suffix(".partial")
-            torch.save({"true": true, "enlarged": enlarged}, partial)
-            os.replace(partial, path)
+            save_shard({"true": true, "enlarged": enlarged}, path)
 
 
 @torch.no_grad()
@@ -54,7 +50,7 @@ def _pair(autoencoder: Autoencoder, seed: int) -> tuple[Tensor, Tensor]:
     scene = Scene.from_seed(seed)
 
     def video(size: tuple[int, int]) -> Tensor:
-        return to_tensor(np.stack([scene.frame(number / FPS, size) for number in range(FRAMES)]))
+        return to_tensor(scene.clip(FRAMES, size, FPS))
 
     small = video(SIZE)
     if seed % 4:
